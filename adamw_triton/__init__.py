@@ -1,0 +1,5 @@
+"""AdamW with 32-bit or blockwise 8-bit state, in Triton kernels."""
+
+from adamw_triton._version import __version__
+
+__all__ = ["__version__"]
