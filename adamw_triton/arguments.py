@@ -1,0 +1,97 @@
+"""Checks of what users pass in: each refusal names the argument, what it was and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("auto", "32bit", "8bit", "paged_32bit", "paged_8bit")
+BLOCK_SIZES = (128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def check_variant(variant: object, block_size: object) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"Invalid variant: {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}")
+    if str(variant).startswith("paged"):
+        raise NotImplementedError(f"variant={variant!r}: paging is not there yet; use '32bit' or '8bit'")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
+
+
+def check_group(group: dict[str, Any], default_bits: int) -> None:
+    """The hyperparameters of a parameter group; messages begin as torch.optim.AdamW's do."""
+    lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element, got shape {tuple(value.shape)}")
+    if len(betas) != 2 or isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}; lr must be a finite number >= 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"Invalid epsilon value: {eps}; eps must be a finite number >= 0")
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be a finite number >= 0")
+    if group["state_bits"] not in (None, 8, 32):
+        raise ValueError(f"Invalid state_bits: {group['state_bits']!r}; it must be 8, 32 or None")
+    if group["amsgrad"] and (group["state_bits"] or default_bits) == 8:
+        raise ValueError(
+            "amsgrad=True needs 32-bit state: the 8-bit format keeps no maximum; "
+            "use variant='32bit', or state_bits=32 for the group"
+        )
+
+
+def check_param(param: Tensor, name: str) -> None:
+    if param.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} has dtype {param.dtype}; AdamW supports {allowed}")
+    if param.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; AdamW supports dense parameters only")
+    if _overlaps(param):
+        raise ValueError(
+            f"{name}, shape {tuple(param.shape)} and stride {param.stride()}, has elements that share "
+            "memory (an expanded tensor?): they cannot be updated one by one; pass a contiguous copy"
+        )
+
+
+def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"AdamW does not support sparse gradients: that of {name} has layout {grad.layout}; "
+            "use torch.optim.SparseAdam for it"
+        )
+    if grad.shape != param.shape:
+        shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
+        raise RuntimeError(f"the gradient of {name} has shape {shapes}")
+    if grad.device != param.device:
+        raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {param.device}")
+    if grad.dtype not in DTYPES or grad.is_complex() != param.is_complex():
+        raise TypeError(f"the gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
+
+
+def name_of(group: dict[str, Any], group_index: int, index: int) -> str:
+    """What messages call a parameter: its own name if the user passed named parameters."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"parameter {index} of group {group_index}"
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: from the smallest stride on, each must step over all
+    that the smaller ones reach."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

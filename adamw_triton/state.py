@@ -1,0 +1,158 @@
+"""State formats, and the flat buffers that hold the state of many parameters.
+
+All parameters of one device and one format share a ``StateBuffer``: a few long arrays in which each
+parameter owns an aligned range. A format is data: its arrays, its alignment, how fp32 moments go in
+and out, and the name of the update that works on it. Whatever else handles state (checkpoints, and
+later pages) speaks of ranges and arrays and never asks which format it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from adamw_triton_kernels import reference
+from torch import Tensor
+
+Moments = dict[str, Tensor]
+"""fp32 ``exp_avg`` and ``exp_avg_sq`` (and ``max_exp_avg_sq``), flat."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """One of a format's arrays: ``per`` elements of the parameter share one entry."""
+
+    name: str
+    dtype: torch.dtype
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Float32:
+    """fp32 moments, under torch.optim.AdamW's names. 8 bytes an element; 12 with amsgrad."""
+
+    amsgrad: bool = False
+
+    name = "32bit"
+    update = "adamw_32bit"
+    alignment = 32  # 128 bytes: a GPU's cache line
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
+        return tuple(Array(name, torch.float32) for name in names)
+
+    def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
+        for array in self.arrays:
+            into[array.name].copy_(moments[array.name])
+
+    def decode(self, views: Mapping[str, Tensor]) -> Moments:
+        return {array.name: views[array.name].float() for array in self.arrays}
+
+
+@dataclass(frozen=True)
+class Blockwise8:
+    """8-bit codes with two bf16 scales a block: 2 + 4/block bytes an element. See ``reference``."""
+
+    block: int = 128
+
+    name = "8bit"
+    update = "adamw_8bit"
+
+    @property
+    def alignment(self) -> int:
+        return self.block
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (
+            Array("exp_avg_codes", torch.int8),
+            Array("exp_avg_scales", torch.bfloat16, self.block),
+            Array("exp_avg_sq_codes", torch.uint8),
+            Array("exp_avg_sq_scales", torch.bfloat16, self.block),
+        )
+
+    def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
+        reference.encode_8bit(moments["exp_avg"], moments["exp_avg_sq"], into, self.block)
+
+    def decode(self, views: Mapping[str, Tensor]) -> Moments:
+        m, v = reference.decode_8bit(views, self.block)
+        return {"exp_avg": m, "exp_avg_sq": v}
+
+
+Format = Float32 | Blockwise8
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter's place in a buffer."""
+
+    param: Tensor
+    name: str
+    """What error messages call the parameter."""
+    buffer: StateBuffer
+    index: int
+    start: int
+    numel: int
+    """Real elements: a complex element is two."""
+    strides: tuple[int, ...]
+    """Of the parameter as real numbers when the slot was made: the order of the state in memory."""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """What ``optimizer.state[param]`` shows: views of the slot's range."""
+
+    @property
+    def format(self) -> Format:
+        return self.buffer.format
+
+    def flat(self) -> dict[str, Tensor]:
+        """The slot's range of each array, one-dimensional, in memory order."""
+        ranges = {}
+        for array in self.format.arrays:
+            first = self.start // array.per
+            ranges[array.name] = self.buffer.arrays[array.name][first : first - (-self.numel // array.per)]
+        return ranges
+
+    def attach(self) -> dict[str, Any]:
+        """Make ``entry``: the arrays in the parameter's shape, scales flat, and the step count."""
+        shape = as_real(self.param).shape
+        flat = self.flat()
+        self.entry = {"step": self.buffer.steps[self.index]}
+        for array in self.format.arrays:
+            view = flat[array.name]
+            if array.per == 1:
+                view = view.as_strided(shape, self.strides)
+                if self.param.is_complex() and view.dtype is torch.float32:
+                    view = torch.view_as_complex(view)
+            self.entry[array.name] = view
+        return self.entry
+
+
+class StateBuffer:
+    """Zeroed state of many parameters of one device and one format."""
+
+    def __init__(self, state_format: Format, params: Sequence[tuple[Tensor, str]], device: torch.device):
+        self.format = state_format
+        self.slots: list[Slot] = []
+        start = 0
+        for index, (param, name) in enumerate(params):
+            real = as_real(param)
+            strides = torch.empty_like(real, device="meta").stride()  # dense, in real's order
+            self.slots.append(Slot(param, name, self, index, start, real.numel(), strides))
+            start += round_up(real.numel(), state_format.alignment)
+        self.arrays = {
+            array.name: torch.zeros(start // array.per, dtype=array.dtype, device=device)
+            for array in state_format.arrays
+        }
+        # On the CPU, as torch.optim.AdamW keeps it; one array, so that counting is one operation.
+        self.steps = torch.zeros(len(self.slots), dtype=torch.float32)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as real numbers with a last dimension of 2; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

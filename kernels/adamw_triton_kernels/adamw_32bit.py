@@ -1,0 +1,96 @@
+"""AdamW with fp32 state: kernel and launcher. Plain torch: ``reference.adamw_32bit``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from adamw_triton_kernels.launch import Build, launch, locate
+from adamw_triton_kernels.rounding import to_dtype
+from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight
+from adamw_triton_kernels.work import Hyper, Layout
+
+NUM_WARPS = 4
+TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
+TAIL = 256
+
+
+def adamw_32bit(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    layout: Layout,
+    hypers: Sequence[Hyper],
+) -> None:
+    """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
+    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    amsgrad = "max_exp_avg_sq" in state
+    largest = state["max_exp_avg_sq"] if amsgrad else state["exp_avg_sq"]  # not read without amsgrad
+    launch(build, params, grads, [*moments, largest], layout, hypers, AMSGRAD=amsgrad)
+
+
+def build(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, *, aligned: bool = True, AMSGRAD: bool = False
+) -> Build:
+    """The specialization that is compiled for these dtypes."""
+    return Build.of(
+        _kernel,
+        param_dtype,
+        grad_dtype,
+        aligned,
+        state={"exp_avg": "*fp32", "exp_avg_sq": "*fp32", "max_exp_avg_sq": "*fp32"},
+        constexprs={"AMSGRAD": AMSGRAD, "TILE": TILE, "TAIL": TAIL},
+        num_warps=NUM_WARPS,
+    )
+
+
+@triton.jit
+def _tile(
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
+    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+    PARAM: tl.constexpr, AMSGRAD: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, SIZE)
+    mask = at < count if MASKED else None
+    g = tl.load(grad + at, mask).to(tl.float32) * grad_scale
+    p = tl.load(param + at, mask).to(tl.float32)
+    m, v = new_moments(tl.load(exp_avg + at, mask), tl.load(exp_avg_sq + at, mask), g, lerp1, lerp2)
+    tl.store(exp_avg + at, m, mask)
+    tl.store(exp_avg_sq + at, v, mask)
+    if AMSGRAD:
+        v = tl.maximum(v, tl.load(max_exp_avg_sq + at, mask), propagate_nan=tl.PropagateNan.ALL)
+        tl.store(max_exp_avg_sq + at, v, mask)
+    p = new_weight(p, m, tl.sqrt(v), inv_root_correction2, eps, step_size, decay)
+    tl.store(param + at, to_dtype(p, PARAM), mask)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
+def _kernel(
+    addresses, tensors, chunks, hyper, exp_avg, exp_avg_sq, max_exp_avg_sq, n_tensors, chunk_size,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    AMSGRAD: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    param, grad, offset, count, _first, row = locate(
+        addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
+    )
+    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, _phase = load_hyper(hyper, row)
+    exp_avg += offset
+    exp_avg_sq += offset
+    max_exp_avg_sq += offset
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar.
+    whole = count // TILE * TILE
+    for start in range(0, whole, TILE):
+        _tile(
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
+            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+            PARAM, AMSGRAD, TILE, False,
+        )  # fmt: skip
+    for start in range(whole, count, TAIL):
+        _tile(
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
+            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+            PARAM, AMSGRAD, TAIL, True,
+        )  # fmt: skip

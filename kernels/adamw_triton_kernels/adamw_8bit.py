@@ -1,0 +1,135 @@
+"""AdamW with blockwise 8-bit state: kernel and launcher. Plain torch: ``reference.adamw_8bit``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from adamw_triton_kernels.blockwise import (
+    LEVELS,
+    RATIO_LEVELS,
+    encode_root_v,
+    levels_per_ratio,
+    levels_per_unit,
+    low_byte,
+    ratio_scale,
+    sticky_scale,
+)
+from adamw_triton_kernels.launch import Build, launch, locate
+from adamw_triton_kernels.rounding import to_dtype
+from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight, reciprocal
+from adamw_triton_kernels.work import Hyper, Layout
+
+NUM_WARPS = 4
+TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
+TAIL = 512  # a masked tile of 2,048 takes 254 registers instead of 128
+
+
+def adamw_8bit(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    layout: Layout,
+    hypers: Sequence[Hyper],
+) -> None:
+    """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
+    codes, scales = state["exp_avg_codes"], state["exp_avg_scales"]
+    arrays = [codes, scales, state["exp_avg_sq_codes"], state["exp_avg_sq_scales"]]
+    launch(build, params, grads, arrays, layout, hypers, BLOCK=codes.numel() // scales.numel())
+
+
+def build(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, *, aligned: bool = True, BLOCK: int = 128
+) -> Build:
+    """The specialization that is compiled for these dtypes and this block size."""
+    return Build.of(
+        _kernel,
+        param_dtype,
+        grad_dtype,
+        aligned,
+        state={
+            "exp_avg_codes": "*i8",
+            "exp_avg_scales": "*bf16",
+            "exp_avg_sq_codes": "*u8",
+            "exp_avg_sq_scales": "*bf16",
+        },
+        constexprs={"BLOCK": BLOCK, "TILE": TILE, "TAIL": TAIL},
+        num_warps=NUM_WARPS,
+    )
+
+
+@triton.jit
+def _tile(
+    param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+    PARAM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    block = tl.arange(0, SIZE // BLOCK)
+    at = start + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = at < count if MASKED else None
+    # Elements past the end must not raise their block's peaks.
+    OTHER: tl.constexpr = 0 if MASKED else None
+    block_mask = start + block * BLOCK < count if MASKED else None
+    m_scales += start // BLOCK
+    v_scales += start // BLOCK
+
+    g = tl.load(grad + at, mask, OTHER).to(tl.float32) * grad_scale
+    p = tl.load(param + at, mask, OTHER).to(tl.float32)
+    q = tl.load(v_codes + at, mask, OTHER).to(tl.float32)
+    r = tl.load(m_codes + at, mask, OTHER).to(tl.float32)
+    v_scale = tl.load(v_scales + block, block_mask, OTHER).to(tl.float32)
+    m_scale = tl.load(m_scales + block, block_mask, OTHER).to(tl.float32)
+
+    root_v = q * q * (v_scale * (1 / LEVELS))[:, None]
+    m = r * (m_scale * (1 / RATIO_LEVELS))[:, None] * root_v
+    m, v = new_moments(m, root_v * root_v, g, lerp1, lerp2)
+    root_v = tl.sqrt(v)
+    p = new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay)
+    tl.store(param + at, to_dtype(p, PARAM), mask)
+
+    v_scale = sticky_scale(v_scale, tl.max(root_v, 1))
+    per_unit = levels_per_unit(v_scale)
+    q = encode_root_v(root_v, per_unit[:, None], first + at, phase)
+    tl.store(v_codes + at, low_byte(q, tl.uint8), mask)
+    tl.store(v_scales + block, v_scale.to(tl.bfloat16), block_mask)
+
+    inv_q = reciprocal(q)
+    ratio = m * inv_q * inv_q  # m/root_v in units of 1/per_unit
+    m_scale = ratio_scale(tl.max(tl.abs(ratio), 1) * per_unit)
+    per_ratio = per_unit * levels_per_ratio(m_scale)
+    tl.store(m_codes + at, low_byte(ratio * per_ratio[:, None], tl.int8), mask)
+    tl.store(m_scales + block, m_scale.to(tl.bfloat16), block_mask)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
+def _kernel(
+    addresses, tensors, chunks, hyper, exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales,
+    n_tensors, chunk_size,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    param, grad, offset, count, first, row = locate(
+        addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
+    )
+    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    m_codes = exp_avg_codes + offset
+    m_scales = exp_avg_scales + offset // BLOCK
+    v_codes = exp_avg_sq_codes + offset
+    v_scales = exp_avg_sq_scales + offset // BLOCK
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar.
+    whole = count // TILE * TILE
+    for start in range(0, whole, TILE):
+        _tile(
+            param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+            PARAM, BLOCK, TILE, False,
+        )  # fmt: skip
+    for start in range(whole, count, TAIL):
+        _tile(
+            param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+            PARAM, BLOCK, TAIL, True,
+        )  # fmt: skip

@@ -1,0 +1,207 @@
+"""One launch for many tensors: the tables a kernel reads, and the compiled kernel, called directly.
+
+A program of the grid takes one *chunk*: a run of elements of one tensor. Four tables say which:
+
+- ``addresses`` int64 [2, n]: of each parameter and its gradient; sent when one has moved
+- ``tensors`` int64 [n, 4]: first element in the state arrays, number of elements, index of the first
+  element in the whole parameter, row of its hyperparameters
+- ``chunks`` int32 [number of chunks, 2]: (tensor, chunk of that tensor)
+- ``hyper`` fp32 [rows, 8]: ``work.Hyper``; sent at every step
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from adamw_triton_kernels.work import Hyper, Layout
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+# Enough chunks that the last wave of programs is a small part of the launch, and few enough that
+# the table stays under a megabyte however large the model is.
+MAX_CHUNKS = 65_536
+
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def locate(
+    addresses, tensors, chunks, n_tensors, chunk_size,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+):  # fmt: skip
+    """This program's chunk: pointers to its first parameter and gradient, the index of its first
+    element in the state arrays, how many elements it has, the index of the first in the whole
+    parameter, and the row of its hyperparameters. Offsets are 64-bit, the count is 32-bit.
+    """
+    chunk = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * chunk)
+    start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * chunk_size
+    # Whole tiles. Alignment is seen by the compiler only if it is said of a pointer, and of each
+    # number that came out of memory.
+    start = tl.multiple_of(start, 128)
+    param = (tl.load(addresses + tensor)).to(tl.pointer_type(PARAM))
+    grad = (tl.load(addresses + n_tensors + tensor)).to(tl.pointer_type(GRAD))
+    param = tl.multiple_of(param, PARAM_ALIGN) + start
+    grad = tl.multiple_of(grad, GRAD_ALIGN) + start
+    row = tensors + 4 * tensor
+    offset = tl.multiple_of(tl.load(row), 32) + start
+    count = tl.minimum(tl.load(row + 1) - start, chunk_size).to(tl.int32)
+    first = tl.load(row + 2) + start
+    return param, grad, offset, count, first, tl.load(row + 3)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialization of a kernel: all that the compiler is told."""
+
+    fn: Any
+    signature: dict[str, str]
+    """Type of each argument; ``constexpr`` for those in ``constexprs``."""
+    constexprs: dict[str, Any]
+    num_warps: int
+
+    @classmethod
+    def of(
+        cls,
+        fn: Any,
+        param_dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        aligned: bool,
+        state: Mapping[str, str],
+        constexprs: Mapping[str, Any],
+        num_warps: int,
+    ) -> Build:
+        all_constexprs = {
+            "PARAM": TL_DTYPES[param_dtype],
+            "GRAD": TL_DTYPES[grad_dtype],
+            "PARAM_ALIGN": 16 if aligned else param_dtype.itemsize,
+            "GRAD_ALIGN": 16 if aligned else grad_dtype.itemsize,
+            **constexprs,
+        }
+        tables = {"addresses": "*i64", "tensors": "*i64", "chunks": "*i32", "hyper": "*fp32"}
+        scalars = {"n_tensors": "i32", "chunk_size": "i32"}
+        signature = {**tables, **state, **scalars, **dict.fromkeys(all_constexprs, "constexpr")}
+        return cls(fn, signature, all_constexprs, num_warps)
+
+    @property
+    def tile(self) -> int:
+        """Elements of one full tile."""
+        return int(self.constexprs["TILE"])
+
+    @property
+    def attrs(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """Every table and state array begins at a multiple of 16 bytes."""
+        pointers = [i for i, kind in enumerate(self.signature.values()) if kind.startswith("*")]
+        return {(i,): [["tt.divisibility", 16]] for i in pointers}
+
+
+BuildFunction = Callable[..., Build]
+
+
+def chunk_table(numels: Sequence[int], tile: int, max_chunks: int = MAX_CHUNKS) -> tuple[torch.Tensor, int]:
+    """The table ``chunks`` and the elements of a chunk, a multiple of ``tile``."""
+    tiles = torch.tensor([-(-numel // tile) for numel in numels], dtype=torch.int64)
+    tiles_per_chunk = -(-int(tiles.sum()) // max_chunks) or 1
+    counts = -(-tiles // tiles_per_chunk)
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    within = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack([tensor, within], dim=1).to(torch.int32), tiles_per_chunk * tile
+
+
+class _Tables:
+    """The tables of one layout on one device, and the launches that use them."""
+
+    def __init__(self, layout: Layout, tile: int, device: torch.device) -> None:
+        rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, strict=True)
+        self.device = device
+        self.tensors = self.send(torch.tensor(list(rows), dtype=torch.int64))
+        chunks, self.chunk_size = chunk_table(layout.numels, tile)
+        self.chunks = self.send(chunks)
+        self.last_addresses = array("q")
+        self.addresses = self.tensors
+
+    def send(self, table: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return table
+        # From pinned memory, or the copy would wait for all the work that is queued. The allocator
+        # keeps the block until the copy is done.
+        return table.pin_memory().to(self.device, non_blocking=True)
+
+    def send_addresses(self, addresses: array[int]) -> torch.Tensor:
+        if addresses != self.last_addresses:
+            self.last_addresses = addresses
+            self.addresses = self.send(torch.frombuffer(addresses, dtype=torch.int64).clone())
+        return self.addresses
+
+    def send_hyper(self, hypers: Sequence[Hyper]) -> torch.Tensor:
+        table = torch.tensor(hypers, dtype=torch.float64)
+        rows = table.to(torch.float32)
+        rows[:, 7] = table[:, 7].to(torch.int64).to(torch.int32).view(torch.float32)  # bits, not a number
+        return self.send(rows)
+
+
+def launch(
+    build: BuildFunction,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    layout: Layout,
+    hypers: Sequence[Hyper],
+    **variant: Any,
+) -> None:
+    """Run a kernel over all tensors of a layout.
+
+    ``params`` and ``grads`` are flat and contiguous, all of one dtype each, on one device.
+    ``variant`` are compile-time arguments of ``build``.
+    """
+    device = params[0].device
+    addresses = array("q", [t.data_ptr() for t in params])
+    addresses.extend([t.data_ptr() for t in grads])
+    aligned = functools.reduce(int.__or__, addresses) % 16 == 0
+    key = (build, params[0].dtype, grads[0].dtype, aligned, *variant.values())
+    found = layout.tables.get((device, key))
+    if found is None:
+        spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, **variant)
+        found = layout.tables[device, key] = (_Tables(layout, spec.tile, device), spec, key)
+    tables, spec, key = found
+    arguments = (
+        tables.send_addresses(addresses),
+        tables.tensors,
+        tables.chunks,
+        tables.send_hyper(hypers),
+        *state,
+        len(params),
+        tables.chunk_size,
+    )
+    call(spec, key, device, len(tables.chunks), arguments)
+
+
+def call(spec: Build, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...]) -> None:
+    """One kernel launch of ``programs`` programs."""
+    if INTERPRETED:
+        spec.fn[(programs,)](*arguments, **spec.constexprs)
+        return
+    with torch.cuda.device(device):
+        kernel = _compiled.get((key, device))
+        if kernel is None:
+            kernel = _compiled[key, device] = spec.fn.warmup(
+                *arguments, **spec.constexprs, num_warps=spec.num_warps, grid=(1,)
+            )
+        # Called on the compiled kernel itself: Triton's own entry would bind, specialize and look up
+        # every argument again, several times the cost of the launch.
+        if _TRITON >= (3, 3):
+            arguments += tuple(spec.constexprs.values())
+        kernel[(programs, 1, 1)](*arguments)
+
+
+_compiled: dict[Any, Any] = {}
