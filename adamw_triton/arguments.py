@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 VARIANTS = ("auto", "32bit", "8bit", "paged_32bit", "paged_8bit")
 BLOCK_SIZES = (128, 256)
@@ -54,6 +55,8 @@ def check_param(param: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {param.dtype}; AdamW supports {allowed}")
     if param.layout is not torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; AdamW supports dense parameters only")
+    if is_traceable_wrapper_subclass(param):
+        raise TypeError(f"{name} is a {type(param).__name__}; AdamW does not support wrapped tensors yet")
     if _overlaps(param):
         raise ValueError(
             f"{name}, shape {tuple(param.shape)} and stride {param.stride()}, has elements that share "
@@ -61,7 +64,15 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+def check_grad(param: Tensor, grad: Tensor, group: dict[str, Any], group_index: int, index: int) -> None:
+    if (
+        grad.dtype is param.dtype
+        and grad.layout is torch.strided
+        and grad.shape == param.shape
+        and grad.get_device() == param.get_device()
+    ):
+        return
+    name = name_of(group, group_index, index)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"AdamW does not support sparse gradients: that of {name} has layout {grad.layout}; "

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from adamw_triton_kernels import reference
 from torch import Tensor
+
+from adamw_triton_kernels import reference
 
 Moments = dict[str, Tensor]
 """fp32 ``exp_avg`` and ``exp_avg_sq`` (and ``max_exp_avg_sq``), flat."""
@@ -97,14 +98,42 @@ class Slot:
     start: int
     numel: int
     """Real elements: a complex element is two."""
+    shape: torch.Size
     strides: tuple[int, ...]
     """Of the parameter as real numbers when the slot was made: the order of the state in memory."""
+    contiguous: bool
+    """Whether that order is the one of a contiguous, real tensor."""
     entry: dict[str, Any] = field(default_factory=dict)
-    """What ``optimizer.state[param]`` shows: views of the slot's range."""
+    """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
 
     @property
     def format(self) -> Format:
         return self.buffer.format
+
+    @property
+    def device_index(self) -> int:
+        """As ``Tensor.get_device`` counts: -1 for the CPU."""
+        return -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
+
+    def fits(self, param: Tensor, state_format: Format) -> bool:
+        """Whether the slot can go on being this parameter's."""
+        return (
+            self.param is param
+            and self.format == state_format
+            and self.shape == param.shape
+            and self.buffer.device == param.device
+        )
+
+    def is_shown_by(self, entry: Mapping[str, Any]) -> bool:
+        """Whether ``entry`` holds this slot's own views."""
+        return entry.keys() == self.entry.keys() and all(entry[key] is self.entry[key] for key in entry)
+
+    def clear(self) -> None:
+        """Back to before the first update."""
+        self.buffer.steps[self.index] = 0
+        for array in self.flat().values():
+            array.zero_()
+        self.entry = {}
 
     def flat(self) -> dict[str, Tensor]:
         """The slot's range of each array, one-dimensional, in memory order."""
@@ -134,12 +163,16 @@ class StateBuffer:
 
     def __init__(self, state_format: Format, params: Sequence[tuple[Tensor, str]], device: torch.device):
         self.format = state_format
+        self.device = device
         self.slots: list[Slot] = []
         start = 0
         for index, (param, name) in enumerate(params):
             real = as_real(param)
-            strides = torch.empty_like(real, device="meta").stride()  # dense, in real's order
-            self.slots.append(Slot(param, name, self, index, start, real.numel(), strides))
+            dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps
+            contiguous = dense.is_contiguous() and not param.is_complex()
+            self.slots.append(
+                Slot(param, name, self, index, start, real.numel(), param.shape, dense.stride(), contiguous)
+            )
             start += round_up(real.numel(), state_format.alignment)
         self.arrays = {
             array.name: torch.zeros(start // array.per, dtype=array.dtype, device=device)

@@ -161,7 +161,7 @@ def launch(
 ) -> None:
     """Run a kernel over all tensors of a layout.
 
-    ``params`` and ``grads`` are flat and contiguous, all of one dtype each, on one device.
+    ``params`` and ``grads`` are dense, all of one dtype each, on one device.
     ``variant`` are compile-time arguments of ``build``.
     """
     device = params[0].device
@@ -188,6 +188,8 @@ def launch(
 
 def call(spec: Build, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...]) -> None:
     """One kernel launch of ``programs`` programs."""
+    if programs == 0:  # every tensor is empty
+        return
     if INTERPRETED:
         spec.fn[(programs,)](*arguments, **spec.constexprs)
         return

@@ -1,7 +1,8 @@
 """AdamW in plain torch: the specification, the update of CPU tensors, and the kernels' oracle.
 
-All arithmetic is in fp32, whatever the dtypes of parameters and gradients. Parameters, gradients and
-state arrays are flat; each tensor's state is the range of the arrays that begins at its offset.
+All arithmetic is in fp32, whatever the dtypes of parameters and gradients. These are dense and taken
+as they lie in memory, a gradient in its parameter's order. State arrays are flat; each tensor's state
+is the range of the arrays that begins at its offset.
 
 AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2.
 
@@ -178,7 +179,12 @@ def _chunks(
     for p, g, offset, first, row in zip(
         params, grads, layout.offsets, layout.firsts, layout.rows, strict=True
     ):
+        p, g = _in_memory_order(p), _in_memory_order(g)
         for start in range(0, p.numel(), CHUNK):
             piece = p[start : start + CHUNK]
             at = slice(offset + start, offset + start + piece.numel())
             yield piece, g[start : start + CHUNK], hypers[row], at, first + start
+
+
+def _in_memory_order(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,))

@@ -1,0 +1,72 @@
+"""The command line: `adamw-triton`, or `python -m adamw_triton`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from adamw_triton._version import __version__
+from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+# The extra "demo" of pyproject.toml.
+DEMO_PACKAGES = ("rich", "matplotlib")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's own arguments); the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line; each sub-command's function is its `run`."""
+    parser = argparse.ArgumentParser(
+        prog="adamw-triton", description="AdamW with 32-bit or blockwise 8-bit state, in Triton kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"adamw-triton {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    add_demo(commands)
+    return parser
+
+
+def add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The sub-command `demo`."""
+    summary = "train a small transformer on real text with each optimizer; table and loss curves"
+    parser = commands.add_parser(
+        "demo", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=demo)
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps per optimizer")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches")
+    parser.add_argument("--out", default="loss.png", help="picture of the loss curves")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the GPU where there is one")
+    parser.add_argument(
+        "--variants", nargs="+", default=OPTIMIZERS, metavar="NAME", help=f"some of: {' '.join(OPTIMIZERS)}"
+    )
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Run the demo; the exit code."""
+    try:
+        from adamw_triton.demo.run import run_demo
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in DEMO_PACKAGES:
+            raise
+        return fail(f'the package {package} is missing: pip install "adamw-triton[demo]"')
+    try:
+        run_demo(arguments.steps, arguments.seed, arguments.out, arguments.variants, arguments.device)
+    except DemoError as error:
+        return fail(str(error))
+    return 0
+
+
+def fail(message: str) -> int:
+    """Say in one line what is wrong; the exit code for it."""
+    print(f"adamw-triton demo: {message}", file=sys.stderr)
+    return USAGE_ERROR

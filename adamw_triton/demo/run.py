@@ -1,0 +1,94 @@
+"""The demo: one small model, several optimizers, the same start and the same batches."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
+from adamw_triton.demo.corpus import load_corpus, split
+from adamw_triton.demo.model import ByteTransformer
+from adamw_triton.demo.report import (
+    check_picture,
+    draw_curves,
+    label,
+    progress_bars,
+    results_table,
+    show_loss,
+)
+from adamw_triton.demo.training import BATCH, CONTEXT, Result, Task, count_parameters, train
+
+
+def run_demo(
+    steps: int = STEPS,
+    seed: int = 0,
+    out: str | Path = "loss.png",
+    variants: Sequence[str] = OPTIMIZERS,
+    device: str | torch.device | None = None,
+    console: Console | None = None,
+) -> list[Result]:
+    """Train once per name in `variants`, print a table on `console`, draw the curves into `out`.
+
+    `device` defaults to the GPU where there is one. Whatever is wrong with the arguments is
+    raised as a DemoError before any training.
+    """
+    out = Path(out)
+    console = console or Console()
+    check_steps(steps)
+    check_variants(variants)
+    check_picture(out)
+    task = make_task(steps, seed, choose_device(device))
+    console.print(describe(task), highlight=False)
+    results = []
+    with progress_bars(console) as progress:
+        for name in variants:
+            bar = progress.add_task(label(name), total=steps, loss="")
+            results.append(train(task, name, partial(show_loss, progress, bar)))
+    console.print(results_table(results))
+    draw_curves(results, out)
+    console.print(f"Loss curves: {out}", markup=False, highlight=False, soft_wrap=True)
+    return results
+
+
+def check_steps(steps: int) -> None:
+    """Raise DemoError unless there is something to train."""
+    if steps < 1:
+        raise DemoError(f"steps must be at least 1, not {steps}")
+
+
+def check_variants(names: Sequence[str]) -> None:
+    """Raise DemoError unless `names` are some of OPTIMIZERS."""
+    for name in names:
+        if name not in OPTIMIZERS:
+            raise DemoError(f"unknown variant {name!r}: choose from {', '.join(OPTIMIZERS)}")
+    if not names:
+        raise DemoError(f"no variants to train: choose from {', '.join(OPTIMIZERS)}")
+
+
+def choose_device(wanted: str | torch.device | None) -> torch.device:
+    """The device `wanted`, once it has proven to work; by default the GPU, else the CPU."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by how it was built
+        raise DemoError(f"cannot use device {str(wanted)!r}: {error}") from error
+
+
+def make_task(steps: int, seed: int, device: torch.device) -> Task:
+    """The model as `seed` starts it, and the corpus cut in two."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ByteTransformer(context=CONTEXT)
+    text, validation = split(load_corpus())
+    return Task(model, text, validation, steps, seed, device)
+
+
+def describe(task: Task) -> str:
+    """One line on what is about to be trained."""
+    return (
+        f"{count_parameters(task.model):,} parameters, {len(task.train) / 1e6:.1f} MB of Python's standard "
+        f"library,\n{task.steps} steps of {BATCH} x {CONTEXT} bytes on {task.device}"
+    )
