@@ -81,9 +81,7 @@ class Launch:
     def run(self, pairs: Sequence[Pair], groups: Sequence[dict[str, Any]], grad_scale: float) -> None:
         """Update; ``grad_scale`` multiplies the gradients."""
         layout, steps = self._lay_out()
-        hypers = [
-            _hyper(groups[self.groups[leader]], int(steps[leader]), grad_scale) for leader in self.rows
-        ]
+        hypers = [_hyper(groups[self.groups[leader]], int(steps[leader]), grad_scale) for leader in self.rows]
         params = [pairs[i].param for i in self.positions]
         grads = [pairs[i].grad for i in self.positions]
         self.update(params, grads, self.buffer.arrays, layout, hypers)

@@ -92,7 +92,7 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
 
         Everything is checked before anything is written. ``grad_scale`` and ``found_inf``, if a

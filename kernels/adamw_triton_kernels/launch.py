@@ -186,7 +186,9 @@ def launch(
     call(spec, key, device, len(tables.chunks), arguments)
 
 
-def call(spec: Build, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...]) -> None:
+def call(
+    spec: Build, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...]
+) -> None:
     """One kernel launch of ``programs`` programs."""
     if programs == 0:  # every tensor is empty
         return
