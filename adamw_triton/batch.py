@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from adamw_triton_kernels import Hyper, Layout, Update, update_for
 from torch import Tensor
 
 from adamw_triton.state import Slot, StateBuffer, as_real
+from adamw_triton_kernels import Hyper, Layout, Update, update_for
 
 
 class Item(NamedTuple):

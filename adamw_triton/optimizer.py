@@ -230,8 +230,8 @@ class AdamW(torch.optim.Optimizer):
             slot = self._slots.get(id(param))
             if slot is not None and slot.shape != param.shape and param in self.state:
                 raise RuntimeError(
-                    f"{name} had shape {tuple(slot.shape)} when its state was made and has "
-                    f"{tuple(param.shape)} now; delete its state (del optimizer.state[param]) or make a new optimizer"
+                    f"{name} had shape {tuple(slot.shape)} when its state was made and has now "
+                    f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
                 )
             if slot is None or not slot.fits(param, state_format):
                 homeless[param.device, state_format].append((param, name))
