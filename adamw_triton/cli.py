@@ -37,16 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
 def add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The sub-command `demo`."""
     summary = "train a small transformer on real text with each optimizer; table and loss curves"
-    parser = commands.add_parser(
-        "demo", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser("demo", help=summary, description=summary)
     parser.set_defaults(run=demo)
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps per optimizer")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches")
-    parser.add_argument("--out", default="loss.png", help="picture of the loss curves")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the GPU where there is one")
+    parser.add_argument("--steps", type=int, default=STEPS, help="per optimizer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--out", default="loss.png", help="picture of the curves (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     parser.add_argument(
-        "--variants", nargs="+", default=OPTIMIZERS, metavar="NAME", help=f"some of: {' '.join(OPTIMIZERS)}"
+        "--variants",
+        nargs="+",
+        default=OPTIMIZERS,
+        metavar="NAME",
+        help=f"some of: {' '.join(OPTIMIZERS)} (default: all)",
     )
 
 

@@ -13,7 +13,7 @@ from adamw_triton_kernels.rounding import to_dtype
 from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight
 from adamw_triton_kernels.work import Hyper, Layout
 
-NUM_WARPS = 4
+THREADS = 128
 TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
 TAIL = 256
 
@@ -43,7 +43,7 @@ def build(
         aligned,
         state={"exp_avg": "*fp32", "exp_avg_sq": "*fp32", "max_exp_avg_sq": "*fp32"},
         constexprs={"AMSGRAD": AMSGRAD, "TILE": TILE, "TAIL": TAIL},
-        num_warps=NUM_WARPS,
+        threads=THREADS,
     )
 
 

@@ -68,7 +68,8 @@ class Build:
     signature: dict[str, str]
     """Type of each argument; ``constexpr`` for those in ``constexprs``."""
     constexprs: dict[str, Any]
-    num_warps: int
+    threads: int
+    """Of a program. Their number fixes how many elements each holds, and so the width of accesses."""
 
     @classmethod
     def of(
@@ -79,7 +80,7 @@ class Build:
         aligned: bool,
         state: Mapping[str, str],
         constexprs: Mapping[str, Any],
-        num_warps: int,
+        threads: int,
     ) -> Build:
         all_constexprs = {
             "PARAM": TL_DTYPES[param_dtype],
@@ -91,7 +92,10 @@ class Build:
         tables = {"addresses": "*i64", "tensors": "*i64", "chunks": "*i32", "hyper": "*fp32"}
         scalars = {"n_tensors": "i32", "chunk_size": "i32"}
         signature = {**tables, **state, **scalars, **dict.fromkeys(all_constexprs, "constexpr")}
-        return cls(fn, signature, all_constexprs, num_warps)
+        return cls(fn, signature, all_constexprs, threads)
+
+    def num_warps(self, warp_size: int) -> int:
+        return self.threads // warp_size
 
     @property
     def tile(self) -> int:
@@ -198,8 +202,9 @@ def call(
     with torch.cuda.device(device):
         kernel = _compiled.get((key, device))
         if kernel is None:
+            warp_size = torch.cuda.get_device_properties(device).warp_size
             kernel = _compiled[key, device] = spec.fn.warmup(
-                *arguments, **spec.constexprs, num_warps=spec.num_warps, grid=(1,)
+                *arguments, **spec.constexprs, num_warps=spec.num_warps(warp_size), grid=(1,)
             )
         # Called on the compiled kernel itself: Triton's own entry would bind, specialize and look up
         # every argument again, several times the cost of the launch.

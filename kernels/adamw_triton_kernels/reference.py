@@ -25,9 +25,9 @@ from torch import Tensor
 
 from adamw_triton_kernels.work import Hyper, Layout
 
-# Elements that are updated at a time: what the temporaries of a step cost in memory, and small
+# Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 
 LARGEST = 3.0e38
 TINY_SCALE = 1e-18  # below, a block's v counts as zero: fp32's own v = scale**2 ends near 1e-38

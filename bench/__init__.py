@@ -1,0 +1,1 @@
+"""Measurements of adamw_triton beside its peers: ``python -m bench SUITE``. Not installed."""

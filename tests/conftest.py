@@ -1,0 +1,25 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter, which has to be asked for before triton
+is imported. The optimizer takes Triton for CPU tensors only while the variable is set, so tests see it
+only where they are about the kernels."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """CPU tensors are updated in plain torch; folders about the kernels override this."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return "torch"
