@@ -3,7 +3,7 @@
 Kept light, so that the command line can show its help without importing torch.
 """
 
-STEPS = 600
+STEPS = 500
 
 # The optimizers to stand side by side: torch's own, then ours by variant.
 OPTIMIZERS = ("torch", "32bit", "8bit")

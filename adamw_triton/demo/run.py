@@ -87,8 +87,12 @@ def make_task(steps: int, seed: int, device: torch.device) -> Task:
 
 
 def describe(task: Task) -> str:
-    """One line on what is about to be trained."""
-    return (
-        f"{count_parameters(task.model):,} parameters, {len(task.train) / 1e6:.1f} MB of Python's standard "
-        f"library,\n{task.steps} steps of {BATCH} x {CONTEXT} bytes on {task.device}"
-    )
+    """What is about to be trained, in lines that fit 80 columns."""
+    lines = [
+        f"{count_parameters(task.model):,} parameters, "
+        f"{len(task.train) / 1e6:.1f} MB of Python's standard library,",
+        f"{task.steps} steps of {BATCH} x {CONTEXT} bytes on {task.device}",
+    ]
+    if task.device.type == "cpu":
+        lines.append("On a CPU the variants run in plain torch, not in their Triton kernels.")
+    return "\n".join(lines)

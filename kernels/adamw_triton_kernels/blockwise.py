@@ -16,6 +16,7 @@ TINY_SCALE = tl.constexpr(1e-18)
 TINY_RATIO = tl.constexpr(1e-12)
 LEVELS = tl.constexpr(65025.0)  # 255**2: codes of exp_avg_sq are in units of its fourth root
 BELOW_ONE = tl.constexpr(1 - 2.0**-20)
+COARSE = tl.constexpr(3.0)
 RATIO_LEVELS = tl.constexpr(127.0)
 
 
@@ -38,13 +39,14 @@ def levels_per_unit(scale):
 def encode_root_v(root_v, per_unit, index, phase):
     """The code q of sqrt(v), as fp32: unbiased in v = (scale*(q/255)**2)**2."""
     squared = root_v * (per_unit * BELOW_ONE)
-    low = tl.maximum(tl.floor(tl.sqrt(squared)), 1.0)
+    low = tl.floor(tl.sqrt(squared))
     # width = (low+1)**4 - low**4 = (2*low+1)*((2*low+1)**2 + 1)/2, in units of 2**-32 of the dither.
     odd = low * 2.0**-10 + 2.0**-11
     width = odd * (odd * odd + 2.0**-22)
     low_squared = low * low
     above = squared * squared - low_squared * low_squared
-    return tl.where(dither(index, phase) * width < above, low + 1.0, low)
+    q = tl.where(dither(index, phase) * width < above, low + 1.0, low)
+    return tl.maximum(q, tl.minimum(low + 1.0, COARSE))
 
 
 @triton.jit

@@ -32,6 +32,7 @@ CHUNK = 1 << 18
 LARGEST = 3.0e38
 TINY_SCALE = 1e-18  # below, a block's v counts as zero: fp32's own v = scale**2 ends near 1e-38
 TINY_RATIO = 1e-12  # below, a block's m counts as zero
+COARSE = 3  # codes up to this are rounded up
 DITHER_ELEMENT = 0xC13FA9A9
 
 
@@ -146,16 +147,18 @@ def _ratio_scale(peak: Tensor) -> Tensor:
 
 def _encode_root_v(root_v: Tensor, per_unit: Tensor, first: int, phase: int) -> Tensor:
     """q, as fp32: with y = 255*sqrt(root_v/S) and low = floor(y), it is low or low + 1 so that on
-    average over the dither q**4 is y**4. At least 1: a zero under a non-zero m would throw the
-    weight away.
+    average over the dither q**4 is y**4.
+
+    The lowest codes lie factors apart. There q is low + 1, never a zero: a denominator too small by
+    such a factor would throw the weight, one too large only slows it.
     """
     squared = root_v * (per_unit * (1 - 2**-20))  # y**2; a shade less, so that q never reaches 256
-    low = squared.sqrt().floor_().clamp_(min=1.0)
+    low = squared.sqrt().floor_()
     odd = low * 2**-10 + 2**-11
     width = (odd * odd).add_(2**-22).mul_(odd)  # (low+1)**4 - low**4 = (2*low+1)((2*low+1)**2+1)/2
     above = (squared * squared).sub_((low * low).square_())
     up = _dither(root_v, first, phase).mul_(width) < above
-    return low.add_(up)
+    return torch.maximum(low + up, (low + 1).clamp_(max=COARSE))
 
 
 def _dither(like: Tensor, first: int, phase: int) -> Tensor:

@@ -144,7 +144,7 @@ def test_state_bytes_leaves_out_step_counts_and_code_tables() -> None:
     class Fake:
         state = {
             p: {"step": torch.zeros(()), "qmap1": torch.zeros(256), "m": torch.zeros(10), "note": "text"}
-        }  # noqa: RUF012
+        }
 
         def step(self) -> None: ...
 
