@@ -10,6 +10,7 @@ from adamw_triton_kernels.rounding import dither, up_to_bf16
 from adamw_triton_kernels.update_rule import reciprocal
 
 LARGEST = tl.constexpr(3.0e38)
+LARGEST_ROOT = tl.constexpr(1.6e19)  # the square of 1.125 times this is still finite
 # Below these a block counts as zero. v = 1e-36 is near the end of fp32's range, and the product of
 # the two reciprocals stays inside it.
 TINY_SCALE = tl.constexpr(1e-18)
@@ -22,10 +23,10 @@ RATIO_LEVELS = tl.constexpr(127.0)
 
 @triton.jit
 def sticky_scale(scale, peak):
-    """The block's scale of sqrt(v): the old one while it fits, else 1.125 times the peak."""
-    peak = tl.minimum(peak, LARGEST)
-    fits = (peak <= scale) & (peak >= 0.5 * scale)
-    scale = tl.where(fits, scale, up_to_bf16(1.125 * peak))
+    """The block's scale of sqrt(v): the old one while it fits, else 1.125 times the peak; the old one
+    too when an element's v has overflowed, which the others need not pay for."""
+    keeps = ((peak <= scale) & (peak >= 0.5 * scale)) | (peak > LARGEST_ROOT)
+    scale = tl.where(keeps, scale, up_to_bf16(1.125 * tl.minimum(peak, LARGEST_ROOT)))
     return tl.where(peak >= TINY_SCALE, scale, 0.0)
 
 

@@ -30,6 +30,7 @@ from adamw_triton_kernels.work import Hyper, Layout
 CHUNK = 1 << 18
 
 LARGEST = 3.0e38
+LARGEST_ROOT = 1.6e19  # the square of 1.125 times this is still finite
 TINY_SCALE = 1e-18  # below, a block's v counts as zero: fp32's own v = scale**2 ends near 1e-38
 TINY_RATIO = 1e-12  # below, a block's m counts as zero
 COARSE = 3  # codes up to this are rounded up
@@ -106,7 +107,7 @@ def encode_8bit(
     """
     n = m.numel()
     root_v = _blocks(v, block).sqrt_()
-    scale = _sticky_scale(state["exp_avg_sq_scales"].float(), root_v.amax(dim=1))
+    scale = _sticky_scale(state["exp_avg_sq_scales"].float(), _peaks(root_v))
     per_unit = torch.where(scale > 0, 65025 * _reciprocal(scale.clamp(min=TINY_SCALE)), 0.0)[:, None]
     q = _encode_root_v(root_v, per_unit, first, phase)
     state["exp_avg_sq_codes"].copy_(q.flatten()[:n])
@@ -114,7 +115,7 @@ def encode_8bit(
 
     inv_q = _reciprocal(q)
     ratio = _blocks(m, block).mul_(inv_q).mul_(inv_q)  # m/sqrt(v) in units of 1/per_unit
-    scale = _ratio_scale(ratio.abs().amax(dim=1, keepdim=True).mul_(per_unit))
+    scale = _ratio_scale(_peaks(ratio.abs())[:, None].mul_(per_unit))
     per_ratio = torch.where(scale > 0, 127 * _reciprocal(scale.clamp(min=TINY_RATIO)), 0.0)
     r = ratio.mul_(per_unit * per_ratio).round_()
     state["exp_avg_codes"].copy_(r.flatten()[:n])
@@ -133,11 +134,17 @@ def _reciprocal(x: Tensor) -> Tensor:
     return x.rsqrt().square_()
 
 
+def _peaks(blocks: Tensor) -> Tensor:
+    """Each block's largest element; NaN takes no part, as in the kernels."""
+    peaks = blocks.amax(dim=1)
+    return blocks.nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1) if peaks.isnan().any() else peaks
+
+
 def _sticky_scale(scale: Tensor, peak: Tensor) -> Tensor:
-    """The old scale where scale/2 <= peak <= scale, else 1.125 * peak: room to grow."""
-    peak = peak.clamp(max=LARGEST)
-    fits = (peak <= scale) & (peak >= 0.5 * scale)
-    scale = torch.where(fits, scale, _up_to_bf16(1.125 * peak))
+    """The old scale where scale/2 <= peak <= scale, else 1.125 * peak: room to grow. The old one too
+    where an element's v has overflowed: that element is lost in any format, its block need not be."""
+    keeps = ((peak <= scale) & (peak >= 0.5 * scale)) | (peak > LARGEST_ROOT)
+    scale = torch.where(keeps, scale, _up_to_bf16(1.125 * peak.clamp(max=LARGEST_ROOT)))
     return torch.where(peak >= TINY_SCALE, scale, 0.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def test_bitsandbytes_keeps_the_sign_of_a_small_negative_m() -> None:
 def test_bitsandbytes_v_vanishes_where_its_m_survives() -> None:
     pytest.importorskip("bitsandbytes")
     assert round_trip(bitsandbytes_codec(signed=False), [1.0, 9e-8])[1] == [1.0, 0.0]
-    assert round_trip(bitsandbytes_codec(signed=True), [1.0, 3e-4])[1][1] == pytest.approx(3e-4, rel=0.1)
+    assert round_trip(bitsandbytes_codec(signed=True), [1.0, 3e-4])[1][1] == pytest.approx(3e-4, rel=0.2)
 
 
 def test_an_all_zero_block_stays_zero() -> None:
@@ -73,7 +75,7 @@ def test_an_all_zero_block_stays_zero() -> None:
 
 
 def test_bitsandbytes_formula_is_torchaos_update() -> None:
-    """Two independent writings of one map: nearest values, blocks of 256. They part at ties and signs of 0."""
+    """Two independent writings of one map: nearest values, blocks of 256; apart at ties and signs of 0."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("torchao")
     runners = [Runner(BY_KEY[key], [8192]) for key in ("bnb CUDA", "ao 8-bit")]
@@ -141,14 +143,10 @@ def test_small_tensors_keep_fp32_where_the_peer_keeps_them() -> None:
 def test_state_bytes_leaves_out_step_counts_and_code_tables() -> None:
     p = torch.zeros(10)
 
-    class Fake:
-        state = {
-            p: {"step": torch.zeros(()), "qmap1": torch.zeros(256), "m": torch.zeros(10), "note": "text"}
-        }
-
-        def step(self) -> None: ...
-
-    assert state_bytes(Fake()) == 40
+    optimizer = SimpleNamespace(
+        state={p: {"step": torch.zeros(()), "qmap1": torch.zeros(256), "m": torch.zeros(10), "note": "text"}}
+    )
+    assert state_bytes(optimizer) == 40
 
 
 def test_keys_and_labels_are_unique() -> None:
