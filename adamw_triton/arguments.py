@@ -69,7 +69,7 @@ def check_grad(param: Tensor, grad: Tensor, group: dict[str, Any], group_index: 
         grad.dtype is param.dtype
         and grad.layout is torch.strided
         and grad.shape == param.shape
-        and grad.get_device() == param.get_device()
+        and grad.device == param.device
     ):
         return
     name = name_of(group, group_index, index)

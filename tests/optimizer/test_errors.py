@@ -1,0 +1,166 @@
+"""Bad input: a clear exception, at once, and nothing written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adamw_triton import AdamW
+from adamw_triton.arguments import check_grad
+from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
+    ({"lr": math.nan}, ValueError, "learning rate: nan"),
+    ({"lr": math.inf}, ValueError, "learning rate: inf"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "learning rate: -1.0"),
+    ({"betas": (1.0, 0.9)}, ValueError, "index 0: 1.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, "index 1: -0.1"),
+    ({"betas": (0.9, math.nan)}, ValueError, "index 1: nan"),
+    ({"betas": (0.9,)}, ValueError, "betas must be"),
+    ({"eps": -1e-8}, ValueError, "epsilon value: -1e-08"),
+    ({"eps": math.nan}, ValueError, "epsilon value: nan"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay value: -0.1"),
+    ({"weight_decay": math.inf}, ValueError, "weight_decay value: inf"),
+    ({"variant": "16bit"}, ValueError, "'16bit'.*'32bit', '8bit'"),
+    ({"variant": None}, ValueError, "Invalid variant: None"),
+    ({"variant": "8bit", "block_size": 64}, ValueError, "block_size: 64.*128 or 256"),
+    ({"variant": "8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdamW(parameters(), **arguments)
+
+
+@pytest.mark.parametrize("key", ["memory_budget", "capturable", "master_weights", "foreach", "fused"])
+def test_no_keyword_exists_before_it_works(key: str) -> None:
+    with pytest.raises(TypeError, match=key):
+        AdamW(parameters(), **{key: True})  # type: ignore[arg-type]
+
+
+def test_bad_state_bits_of_a_group() -> None:
+    with pytest.raises(ValueError, match=r"Invalid state_bits: 4; it must be 8, 32 or None"):
+        AdamW([{"params": parameters(), "state_bits": 4}])
+    with pytest.raises(ValueError, match="amsgrad"):
+        AdamW([{"params": parameters(), "state_bits": 8, "amsgrad": True}])
+
+
+BAD_PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
+    "integers": (lambda: torch.zeros(3, dtype=torch.int32), TypeError, "int32; AdamW supports float32"),
+    "float64": (lambda: torch.zeros(3, dtype=torch.float64), TypeError, "float64; AdamW supports"),
+    "complex128": (lambda: torch.zeros(3, dtype=torch.complex128), TypeError, "complex128"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "layout torch.sparse_coo"),
+    "expanded": (lambda: torch.zeros(1).expand(3), ValueError, "share.*memory"),
+    "overlapping": (lambda: torch.zeros(9).as_strided((3, 3), (2, 1)), ValueError, "share.*memory"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PARAMETERS)
+def test_bad_parameters_are_named(kind: str) -> None:
+    make, error, message = BAD_PARAMETERS[kind]
+    good = Parameter(torch.ones(3))
+    with pytest.raises(error, match=f"parameter 1 of group 0.*{message}"):
+        AdamW([good, make()])
+    with pytest.raises(error, match=f"parameter 'odd'.*{message}"):
+        AdamW([("good", good), ("odd", make())])
+    optimizer = AdamW([good])
+    with pytest.raises(error, match="parameter 0 of group 1"):
+        optimizer.add_param_group({"params": [make()]})
+    assert len(optimizer.param_groups) == 1
+    train(optimizer, 1)
+
+
+def _half_shape(p: Tensor) -> None:
+    """A gradient of another shape: torch refuses to assign one, but the parameter may be replaced."""
+    p.data = p.data[: len(p) // 2].clone()
+
+
+def _other_dtype(p: Tensor) -> None:
+    p.grad_dtype = None
+    p.grad = p.detach().double()
+
+
+def _sparse(p: Tensor) -> None:
+    p.grad = p.detach().to_sparse()
+
+
+def _conjugate_dtype(p: Tensor) -> None:
+    p.grad_dtype = None
+    p.grad = p.detach().to(torch.complex64)
+
+
+BAD_GRADIENTS: dict[str, tuple[Callable[[Tensor], None], type[Exception], str]] = {
+    "sparse": (_sparse, RuntimeError, "sparse gradients: that of {name} .*SparseAdam"),
+    "other shape": (
+        _half_shape,
+        RuntimeError,
+        r"gradient of {name} has shape \(500,\), the parameter \(250,\)",
+    ),
+    "float64": (
+        _other_dtype,
+        TypeError,
+        "gradient of {name} has dtype torch.float64, the parameter torch.float32",
+    ),
+    "complex": (
+        _conjugate_dtype,
+        TypeError,
+        "gradient of {name} has dtype torch.complex64, the parameter torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+@pytest.mark.parametrize("variant", ["32bit", "8bit"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_bad_gradients_are_named_and_nothing_is_written(kind: str, variant: str, steps_before: int) -> None:
+    spoil, error, message = BAD_GRADIENTS[kind]
+    params = parameters(((5000,), (500,)))
+    optimizer = AdamW([{"params": params[:1]}, {"params": params[1:]}], variant=variant)
+    train(optimizer, steps_before)
+    set_grads(params, 9)
+    spoil(params[1])
+    before = bits(params), state_bits(optimizer)
+    with pytest.raises(error, match=message.format(name="parameter 0 of group 1")):
+        optimizer.step()
+    assert (bits(params), state_bits(optimizer)) == before
+
+
+def test_a_gradient_on_another_device() -> None:
+    """torch lets nobody assign one on the CPU; a model that was moved half may hold one."""
+    p = Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="of parameter 0 of group 0 is on meta, the parameter on cpu"):
+        check_grad(p, torch.ones(3, device="meta"), {"params": [p]}, 0, 0)
+
+
+@pytest.mark.parametrize("change", [{"lr": -1.0}, {"betas": (0.9, 1.5)}, {"eps": math.nan}])
+def test_hyperparameters_that_went_bad_later_write_nothing(change: dict[str, Any]) -> None:
+    params = parameters(((5000,), (5,)))
+    optimizer = AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    train(optimizer, 1)
+    before = bits(params), state_bits(optimizer)
+    optimizer.param_groups[1].update(change)
+    with pytest.raises(ValueError, match=r"Invalid|betas"):
+        optimizer.step()
+    assert (bits(params), state_bits(optimizer)) == before
+
+
+def test_a_parameter_that_changed_its_shape_keeps_its_state_until_told() -> None:
+    p = Parameter(torch.ones(6))
+    optimizer = AdamW([p])
+    train(optimizer, 1)
+    p.data = torch.ones(8)
+    p.grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 had shape \(6,\).*has now \(8,\)"):
+        optimizer.step()
+    del optimizer.state[p]
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].shape == (8,)
