@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from triton import knobs
 
-from bench import audit_report
+from bench import audit_report, report
 from bench.audit_kernels import DTYPES, KERNELS
 from bench.disassembly import Access
 from bench.machine_code import TARGETS, Account, account, compile_for
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: unset it to compile ahead of time.", file=sys.stderr)
         return 2
     chosen = cases(QUICK_PAIRS, QUICK_TARGETS) if arguments.quick else cases()
-    console = Console()
+    console = report.console()
     # Not forked: the compilers keep threads.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         rows = list(track(pool.map(audit, chosen), "compiling", total=len(chosen), console=console))

@@ -25,7 +25,9 @@ from adamw_triton_kernels.work import Hyper, Layout
 
 THREADS = 128
 TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
-TAIL = 256  # a masked tile of 2,048 takes 254 registers instead of 80; one of 512 spills on sm_75
+# By block, elements of a masked tile. One of 2,048 takes 254 registers instead of 80, other choices spill
+# on sm_75 or cost an instruction an element on sm_90 (`bench audit`).
+TAILS = {128: 256, 256: 1024}
 
 
 def adamw_8bit(
@@ -56,7 +58,7 @@ def build(
             "exp_avg_sq_codes": "*u8",
             "exp_avg_sq_scales": "*bf16",
         },
-        constexprs={"BLOCK": BLOCK, "TILE": TILE, "TAIL": TAIL},
+        constexprs={"BLOCK": BLOCK, "TILE": TILE, "TAIL": TAILS[BLOCK]},
         threads=THREADS,
     )
 

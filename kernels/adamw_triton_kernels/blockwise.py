@@ -26,7 +26,7 @@ def sticky_scale(scale, peak):
     """The block's scale of sqrt(v): the old one while it fits, else 1.125 times the peak; the old one
     too when an element's v has overflowed, which the others need not pay for."""
     keeps = ((peak <= scale) & (peak >= 0.5 * scale)) | (peak > LARGEST_ROOT)
-    scale = tl.where(keeps, scale, up_to_bf16(1.125 * tl.minimum(peak, LARGEST_ROOT)))
+    scale = tl.where(keeps, scale, up_to_bf16(1.125 * peak))
     return tl.where(peak >= TINY_SCALE, scale, 0.0)
 
 

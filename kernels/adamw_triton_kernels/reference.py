@@ -144,7 +144,7 @@ def _sticky_scale(scale: Tensor, peak: Tensor) -> Tensor:
     """The old scale where scale/2 <= peak <= scale, else 1.125 * peak: room to grow. The old one too
     where an element's v has overflowed: that element is lost in any format, its block need not be."""
     keeps = ((peak <= scale) & (peak >= 0.5 * scale)) | (peak > LARGEST_ROOT)
-    scale = torch.where(keeps, scale, _up_to_bf16(1.125 * peak.clamp(max=LARGEST_ROOT)))
+    scale = torch.where(keeps, scale, _up_to_bf16(1.125 * peak))
     return torch.where(peak >= TINY_SCALE, scale, 0.0)
 
 
