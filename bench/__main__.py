@@ -14,7 +14,6 @@ from collections.abc import Sequence
 SUITES = {
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
-    "accuracy": "one step of every variant against higher-precision truth",
     "host": "what a step costs on the host, before any GPU work",
 }
 

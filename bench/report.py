@@ -51,7 +51,7 @@ _TERMINAL_STYLES = {"good": "bold green", "bad": "bold red", "bold": "bold", "":
 
 def console() -> Console:
     """The terminal, or what its output is piped to: that has no width, so lines may be long."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def show(table: Table, console: Console) -> None:
