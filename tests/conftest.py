@@ -1,7 +1,8 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, which has to be asked for before triton
-is imported. The optimizer takes Triton for CPU tensors only while the variable is set, so tests see it
-only where they are about the kernels."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which has to be asked for before triton is
+imported: also before torch imports it at some first step. The optimizer takes Triton for CPU tensors only
+while the variable is set, so tests see it only where they are about the kernels."""
 
+import importlib
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
