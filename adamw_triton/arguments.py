@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-VARIANTS = ("auto", "32bit", "8bit", "paged_32bit", "paged_8bit")
+from adamw_triton.memory import parse_bytes
+from adamw_triton.placement import check_budget
+from adamw_triton.transfer import TRANSFERS
+
+
+class Variant(NamedTuple):
+    """What a ``variant=`` stands for."""
+
+    bits: int
+    paged: bool = False
+
+
+VARIANTS = {
+    "auto": Variant(32),
+    "32bit": Variant(32),
+    "8bit": Variant(8),
+    "paged_32bit": Variant(32, paged=True),
+    "paged_8bit": Variant(8, paged=True),
+}
 BLOCK_SIZES = (128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
-def check_variant(variant: object, block_size: object) -> None:
+def check_variant(variant: object, block_size: object) -> Variant:
     if variant not in VARIANTS:
         raise ValueError(f"Invalid variant: {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}")
-    if str(variant).startswith("paged"):
-        raise NotImplementedError(f"variant={variant!r}: paging is not there yet; use '32bit' or '8bit'")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
+    return VARIANTS[str(variant)]
+
+
+def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
+    """The budget in bytes; None for none."""
+    if transfer not in TRANSFERS:
+        raise ValueError(
+            f"Invalid transfer: {transfer!r}; it must be one of {', '.join(map(repr, TRANSFERS))}"
+        )
+    for name, value, default in (("memory_budget", memory_budget, None), ("transfer", transfer, "auto")):
+        if value != default and not VARIANTS[variant].paged:
+            raise ValueError(
+                f"{name}={value!r} needs a paged variant; variant={variant!r} keeps all state "
+                "where its parameters are"
+            )
+    if memory_budget is None:
+        return None
+    budget = parse_bytes(memory_budget, "memory_budget")
+    check_budget(budget)
+    return budget
 
 
 def check_group(group: dict[str, Any], default_bits: int) -> None:

@@ -1,16 +1,23 @@
-"""Which tensors go together in one launch, and with which hyperparameters."""
+"""What a step is made of: pages, their launches, the tensors and hyperparameters of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adamw_triton.state import Slot, StateBuffer, as_real
-from adamw_triton_kernels import Hyper, Layout, Update, update_for
+from adamw_triton.pager import Arrays, Work
+from adamw_triton.state import Page, Slot, StateBuffer, as_real
+from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, Update, update_for
+
+PAGE_CHUNKS = 2048
+"""Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
+so they take a four-thousandth of the state."""
 
 
 class Item(NamedTuple):
@@ -50,45 +57,59 @@ def _in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return ordered.copy_(tensor)
 
 
+class Piece(NamedTuple):
+    """The part of a parameter whose state is on one page: often all of it."""
+
+    position: int
+    """Of the parameter in the step's items."""
+    first: int
+    """Index in the parameter of the first element."""
+    numel: int
+    offset: int
+    """Of the first element in the page's arrays."""
+    whole: bool
+
+    def of(self, dense: Tensor) -> Tensor:
+        """This part of the parameter or its gradient."""
+        if self.whole:
+            return dense
+        return dense.as_strided((self.numel,), (1,), dense.storage_offset() + self.first)
+
+
+HyperAt = Callable[[int, int], Hyper]
+"""The hyperparameters of a group's parameters at one of their steps."""
+
+
 @dataclass(eq=False)
 class Launch:
-    """The tensors of one buffer and one pair of dtypes: one call of the format's update."""
+    """The pieces of one page and one pair of dtypes: one call of the format's update."""
 
-    buffer: StateBuffer
     update: Update
-    positions: list[int]
-    """In the step's items."""
+    pieces: list[Piece]
     groups: list[int]
+    """Of each piece."""
+    steps: Tensor
+    """The buffer's step counts."""
     slots: Tensor
-    """Index of each tensor's slot, int64."""
+    """Index in ``steps`` of each piece."""
+    max_chunks: int
     layout: Layout | None = None
     rows: Sequence[int] = ()
-    """The first tensor of each row of hyperparameters."""
+    """The first piece of each row of hyperparameters."""
     leaders: Tensor | None = None
-    """For each tensor, the first one of its row."""
+    """For each piece, the first one of its row."""
 
-    @classmethod
-    def of(cls, items: Sequence[Item], positions: list[int]) -> Launch:
-        buffer = items[positions[0]].slot.buffer
-        return cls(
-            buffer,
-            update_for(buffer.format.update, buffer.device),
-            positions,
-            [items[i].group for i in positions],
-            torch.tensor([items[i].slot.index for i in positions]),
-        )
-
-    def run(self, pairs: Sequence[Pair], groups: Sequence[dict[str, Any]], grad_scale: float) -> None:
-        """Update; ``grad_scale`` multiplies the gradients."""
+    def prepare(self, pairs: Sequence[Pair], hyper_at: HyperAt) -> Callable[[Arrays], None]:
+        """The call, wanting nothing but the page's arrays."""
         layout, steps = self._lay_out()
-        hypers = [_hyper(groups[self.groups[leader]], int(steps[leader]), grad_scale) for leader in self.rows]
-        params = [pairs[i].param for i in self.positions]
-        grads = [pairs[i].grad for i in self.positions]
-        self.update(params, grads, self.buffer.arrays, layout, hypers)
+        hypers = [hyper_at(self.groups[leader], int(steps[leader]) + 1) for leader in self.rows]
+        params = [piece.of(pairs[piece.position].param) for piece in self.pieces]
+        grads = [piece.of(pairs[piece.position].grad) for piece in self.pieces]
+        return lambda arrays: self.update(params, grads, arrays, layout, hypers)
 
     def _lay_out(self) -> tuple[Layout, Tensor]:
-        """The layout, made anew only if tensors that shared a step count no longer do."""
-        steps = self.buffer.steps[self.slots]
+        """The layout, made anew only if pieces that shared a step count no longer do."""
+        steps = self.steps[self.slots]
         if self.layout is None or self.leaders is None or not steps.equal(steps[self.leaders]):
             leader_of: dict[tuple[int, float], int] = {}
             keys = list(zip(self.groups, steps.tolist(), strict=True))
@@ -97,14 +118,92 @@ class Launch:
             self.rows = list(leader_of.values())
             self.leaders = torch.tensor([leader_of[key] for key in keys])
             row_of = {key: row for row, key in enumerate(leader_of)}
-            slots = [self.buffer.slots[i] for i in self.slots.tolist()]
             self.layout = Layout(
-                numels=tuple(slot.numel for slot in slots),
-                offsets=tuple(slot.start for slot in slots),
-                firsts=(0,) * len(slots),
+                numels=tuple(piece.numel for piece in self.pieces),
+                offsets=tuple(piece.offset for piece in self.pieces),
+                firsts=tuple(piece.first for piece in self.pieces),
                 rows=tuple(row_of[key] for key in keys),
+                max_chunks=self.max_chunks,
             )
         return self.layout, steps
+
+
+class Plan:
+    """The launches of a step on certain parameters, page by page; kept for steps on the same ones."""
+
+    def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:
+        """``page_elements``: of a page of a buffer; resident buffers are one page."""
+        self.slots = [item.slot for item in items]
+        of_buffer: dict[StateBuffer, list[int]] = defaultdict(list)
+        for position, slot in enumerate(self.slots):
+            of_buffer[slot.buffer].append(position)
+        self._counts = [
+            (buffer, torch.tensor([self.slots[position].index for position in positions]))
+            for buffer, positions in of_buffer.items()
+        ]
+        self._launches: list[tuple[Page, list[Launch]]] = []
+        for buffer, positions in of_buffer.items():
+            for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
+                self._launches.append((page, _launches(page, pieces, items)))
+
+    def prepare(self, pairs: Sequence[Pair], groups: Sequence[dict[str, Any]], grad_scale: float) -> Work:
+        """All that can fail; ``grad_scale`` multiplies the gradients."""
+        hyper_at = functools.cache(lambda group, step: _hyper(groups[group], step, grad_scale))
+        return [
+            (page, _in_turn([launch.prepare(pairs, hyper_at) for launch in launches]))
+            for page, launches in self._launches
+        ]
+
+    def count(self) -> None:
+        """One step more for every parameter."""
+        for buffer, slots in self._counts:
+            buffer.steps[slots] += 1
+
+
+def _in_turn(calls: Sequence[Callable[[Arrays], None]]) -> Callable[[Arrays], None]:
+    def update(arrays: Arrays) -> None:
+        for call in calls:
+            call(arrays)
+
+    return calls[0] if len(calls) == 1 else update
+
+
+def _cut(
+    buffer: StateBuffer, positions: Sequence[int], slots: Sequence[Slot], size: int
+) -> Iterator[tuple[Page, list[Piece]]]:
+    """The pages on which these parameters have state, in order."""
+    pages: dict[int, list[Piece]] = defaultdict(list)
+    for position in sorted(positions, key=lambda position: slots[position].start):
+        slot = slots[position]
+        end = slot.start + slot.numel
+        for start in range(slot.start // size * size, end, size):
+            begin = max(slot.start, start)
+            numel = min(end, start + size) - begin
+            if numel:
+                whole = numel == slot.numel
+                pages[start].append(Piece(position, begin - slot.start, numel, begin - start, whole))
+    for start, pieces in pages.items():
+        yield Page(buffer, start, min(start + size, buffer.numel)), pieces
+
+
+def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> list[Launch]:
+    """One for each pair of dtypes."""
+    buffer = page.buffer
+    of_pair: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        item = items[piece.position]
+        of_pair[item.param.dtype, item.grad.dtype].append(piece)
+    return [
+        Launch(
+            update_for(buffer.format.update, buffer.device),
+            members,
+            [items[piece.position].group for piece in members],
+            buffer.steps,
+            torch.tensor([items[piece.position].slot.index for piece in members]),
+            PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
+        )
+        for members in of_pair.values()
+    ]
 
 
 def _hyper(group: dict[str, Any], step: int, grad_scale: float) -> Hyper:

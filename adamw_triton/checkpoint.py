@@ -101,7 +101,8 @@ def place(entry: Mapping[str, Any], slot: Slot) -> None:
         for name, target in into.items():
             target.copy_(flat[name])
         return
-    moments = source.decode({name: tensor.to(slot.buffer.device) for name, tensor in flat.items()})
+    where = next(iter(into.values())).device  # paged: the host, for the moments may not fit the GPU
+    moments = source.decode({name: tensor.to(where) for name, tensor in flat.items()})
     moments.setdefault("max_exp_avg_sq", moments["exp_avg_sq"])
     slot.format.encode(moments, into)
 

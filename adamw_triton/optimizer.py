@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamw_triton import checkpoint
-from adamw_triton.arguments import check_grad, check_group, check_param, check_variant, name_of
-from adamw_triton.batch import Item, Launch, pair_of
-from adamw_triton.state import Blockwise8, Float32, Format, Slot, StateBuffer, as_real
+from adamw_triton.arguments import (
+    VARIANTS,
+    check_grad,
+    check_group,
+    check_paging,
+    check_param,
+    check_variant,
+    name_of,
+)
+from adamw_triton.batch import Item, Plan, pair_of
+from adamw_triton.interrupts import DeferredInterrupt
+from adamw_triton.state import Blockwise8, Float32, Format, as_real
+from adamw_triton.store import Store, Wanted
 
 SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
 
-_KEPT_LAUNCHES = 16
+_KEPT_PLANS = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
 
-_BITS = {"auto": 32, "32bit": 32, "8bit": 8}
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
 
@@ -40,10 +47,19 @@ class AdamW(torch.optim.Optimizer):
             - ``"32bit"``: fp32, 8 bytes a parameter
             - ``"8bit"``: blockwise 8-bit codes, 2.03 bytes a parameter; tensors of under 4,096
               elements keep 32-bit state
+            - ``"paged_32bit"``, ``"paged_8bit"``: the same in pinned host memory; a step streams it
+              through a few staging buffers on the GPU, of 192 MiB in all
             - ``"auto"``: for now, ``"32bit"``
+        memory_budget: with a paged variant, bytes that state and staging may take on each GPU
+            (``"4GiB"`` or an int): what fits stays there, the rest is paged. None: staging alone.
+        transfer: how paged state reaches the kernels: ``"copy"`` by the GPU's copy engines,
+            ``"zero_copy"`` read and written in host memory by the kernels themselves, ``"auto"``
+            whichever proves faster in the first four steps. The results are the same bits.
         block_size: elements of the 8-bit format that share their scales, 128 or 256 (2.02 bytes).
 
-    State is allocated at the first ``step()``, for all parameters that require gradients.
+    State is allocated at the first ``step()``, for all parameters that require gradients. What
+    ``state`` shows of paged state is in host memory, and complete once the GPU has done its work:
+    ``state_dict()`` waits for that; whoever reads ``state`` itself calls ``torch.cuda.synchronize()``.
 
     Raises:
         ValueError: a hyperparameter is out of range, or ``amsgrad`` meets 8-bit state.
@@ -61,10 +77,15 @@ class AdamW(torch.optim.Optimizer):
         maximize: bool = False,
         *,
         variant: str = "auto",
+        memory_budget: int | str | None = None,
+        transfer: str = "auto",
         block_size: int = 128,
     ) -> None:
-        check_variant(variant, block_size)
+        self._bits = check_variant(variant, block_size).bits
+        self._budget = check_paging(variant, memory_budget, transfer)
         self.variant = variant
+        self.memory_budget = memory_budget
+        self.transfer = transfer
         self.block_size = block_size
         self._reset()
         defaults = {
@@ -76,7 +97,7 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
             "state_bits": None,
         }
-        check_group(defaults, _BITS[variant])
+        check_group(defaults, self._bits)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -84,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, _BITS[self.variant])
+            check_group(group, self._bits)
             for index, param in enumerate(group["params"]):
                 check_param(param, name_of(group, len(self.param_groups) - 1, index))
         except Exception:
@@ -95,8 +116,12 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
 
-        Everything is checked before anything is written. ``grad_scale`` and ``found_inf``, if a
-        gradient scaler has set them on the optimizer, are honoured.
+        Everything is checked before anything is written, and an interrupt waits until all is written.
+        ``grad_scale`` and ``found_inf``, if a gradient scaler has set them on the optimizer, are
+        honoured.
+
+        Raises:
+            RuntimeError: a step before failed halfway and left parameters inconsistent.
         """
         loss = None
         if closure is not None:
@@ -105,22 +130,52 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return loss
+        self._check_consistent()
         items = self._gather()
-        launches = self._launches_for(items)
+        plan = self._plan_for(items)
         pairs = [pair_of(item) for item in items]
         loss_scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-        for launch in launches:
-            launch.buffer.steps[launch.slots] += 1
-            launch.run(pairs, self.param_groups, grad_scale)
-        for item, pair in zip(items, pairs, strict=True):
-            if pair.param is not item.param and pair.param.data_ptr() != item.param.data_ptr():
-                as_real(item.param).copy_(pair.param)
+        work = plan.prepare(pairs, self.param_groups, grad_scale)
+        self._store.prepare(work)
+        with self._commit():
+            self._store.attach(plan.slots, self.state)
+            self._store.run(work)
+            plan.count()
+            for item, pair in zip(items, pairs, strict=True):
+                if pair.param is not item.param and pair.param.data_ptr() != item.param.data_ptr():
+                    as_real(item.param).copy_(pair.param)
         return loss
+
+    def offload(self) -> None:
+        """Hand back the GPU memory of resident state and of staging between steps, for evaluation or
+        generation. State waits in host memory; the next ``step()`` takes it back by itself.
+
+        Raises:
+            MemoryError: the host's memory is too small; nothing is changed then.
+        """
+        self._settle()
+        self._store.offload(self.state)
+
+    def reload(self) -> None:
+        """Take state back to where it was before ``offload()``."""
+        self._settle()
+        self._store.reload(self.state)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of state by place ("gpu", "host"), of staging buffers on the GPU ("staging"), and of
+        state by format ("32bit", "8bit"). Empty of state before the first step."""
+        return self._store.memory()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. 32-bit state has torch.optim.AdamW's names; 8-bit state its codes and scales,
-        exactly. Call it between steps; the tensors are views of the live state."""
+        exactly. Call it between steps; the tensors are views of the live state.
+
+        Raises:
+            RuntimeError: a step failed halfway and left parameters inconsistent.
+        """
+        self._check_consistent()
+        self._store.finish()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,103 +204,100 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Buffers and tables are rebuilt from ``state`` at the next step.
-        return {**super().__getstate__(), "variant": self.variant, "block_size": self.block_size}
+        self._check_consistent()
+        self._store.finish()
+        kept = ("variant", "memory_budget", "transfer", "block_size", "_bits", "_budget")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def _reset(self) -> None:
-        self._slots: dict[int, Slot] = {}  # by id of the parameter, which the slot keeps alive
-        self._shown: list[Tensor] = []  # all tensors of ``state``, while it shows our buffers
+        self._store = Store(paged=VARIANTS[self.variant].paged, budget=self._budget, transfer=self.transfer)
         self._formats_key: list[tuple[Any, Any]] = []
-        self._launches: dict[tuple[Any, ...], list[Launch]] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._failure: str | None = None
 
-    # One step: gather and check, find each parameter's place, group into launches.
+    # One step: gather and check, find each parameter's place, group into launches, then write.
 
     def _gather(self) -> list[Item]:
         """All parameters that have gradients, checked, each with its slot."""
         found: list[tuple[int, int, Tensor, Tensor]] = []
+        slots = self._store.slots
         ready = self._intact()
         for group_index, group in enumerate(self.param_groups):
-            check_group(group, _BITS[self.variant])
+            check_group(group, self._bits)
             for index, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:
                     continue
                 check_grad(param, grad, group, group_index, index)
-                slot = self._slots.get(id(param))
+                slot = slots.get(id(param))
                 if slot is None or slot.shape != param.shape or slot.device_index != param.get_device():
                     ready = False
                 found.append((group_index, index, param, grad))
         if not ready:
             self._reserve(self._trained())
-        return [Item(group, self._slots[id(param)], param, grad) for group, _, param, grad in found]
+        self._store.reload(self.state)
+        slots = self._store.slots
+        return [Item(group, slots[id(param)], param, grad) for group, _, param, grad in found]
 
-    def _launches_for(self, items: list[Item]) -> list[Launch]:
-        """One launch for each buffer and pair of dtypes; kept for steps on the same parameters."""
+    def _plan_for(self, items: list[Item]) -> Plan:
+        """Kept for steps on the same parameters."""
         key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        launches = self._launches.get(key)
-        if launches is None:
-            members: dict[Any, list[int]] = defaultdict(list)
-            for position, (_, slot, param, grad) in enumerate(items):
-                if not slot.entry:
-                    self.state[param] = slot.attach()
-                    self._shown.extend(slot.entry.values())
-                members[slot.buffer, param.dtype, grad.dtype].append(position)
-            if len(self._launches) >= _KEPT_LAUNCHES:
-                self._launches.clear()
-            launches = [Launch.of(items, positions) for positions in members.values()]
-            self._launches[key] = launches
-        return launches
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _KEPT_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(items, self._store.page_elements)
+        return plan
 
-    def _trained(self, *, stateful_only: bool = False) -> list[tuple[Tensor, str, Format]]:
-        """Parameters that have state or, unless ``stateful_only``, can have: with names and formats."""
+    @contextlib.contextmanager
+    def _commit(self) -> Iterator[None]:
+        """Around all that a step writes: none of it or all of it, as far as can be."""
+        with DeferredInterrupt():
+            try:
+                yield
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                raise
+
+    def _check_consistent(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                "an earlier step failed halfway: some parameters and their state have been updated and "
+                "others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
+                f"It had failed with {self._failure}"
+            )
+
+    def _trained(self, *, stateful_only: bool = False) -> list[Wanted]:
+        """Parameters that have state or, unless ``stateful_only``, can have."""
         found = []
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 trained = not stateful_only and (param.requires_grad or param.grad is not None)
                 if trained or param in self.state:
                     name = name_of(group, group_index, index)
-                    found.append((param, name, self._format_of(param, group)))
+                    found.append(Wanted(param, name, self._format_of(param, group)))
         return found
 
     def _format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
-        bits = group["state_bits"] or _BITS[self.variant]
+        bits = group["state_bits"] or self._bits
         if bits == 8 and as_real(param).numel() >= SMALLEST_8BIT:
             return Blockwise8(self.block_size)
         return Float32(bool(group["amsgrad"]))
 
     def _intact(self) -> bool:
-        """Whether ``state`` shows our buffers and nothing that someone else put there (loaders move
-        its tensors about), and the groups still ask for the formats that these have."""
-        shown = itertools.chain.from_iterable(map(dict.values, self.state.values()))
-        return self._formats_key == self._wanted_formats() and all(
-            itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown))
-        )
+        """Whether ``state`` is as we left it, and the groups still ask for the formats it has."""
+        return self._formats_key == self._wanted_formats() and self._store.intact(self.state)
+
+    def _settle(self) -> None:
+        """Take over whatever ``state`` shows."""
+        self._check_consistent()
+        if not self._intact():
+            self._reserve(self._trained(stateful_only=True))
 
     def _wanted_formats(self) -> list[tuple[Any, Any]]:
         return [(group["amsgrad"], group["state_bits"]) for group in self.param_groups]
 
-    def _reserve(self, params: list[tuple[Tensor, str, Format]]) -> None:
-        """Give each parameter a slot in a buffer, and put there what ``state`` shows for it."""
-        homeless: dict[tuple[torch.device, Format], list[tuple[Tensor, str]]] = defaultdict(list)
-        for param, name, state_format in params:
-            slot = self._slots.get(id(param))
-            if slot is not None and slot.shape != param.shape and param in self.state:
-                raise RuntimeError(
-                    f"{name} had shape {tuple(slot.shape)} when its state was made and has now "
-                    f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
-                )
-            if slot is None or not slot.fits(param, state_format):
-                homeless[param.device, state_format].append((param, name))
-        for (device, state_format), members in homeless.items():
-            for slot in StateBuffer(state_format, members, device).slots:
-                self._slots[id(slot.param)] = slot
-        for param, _, _ in params:
-            slot = self._slots[id(param)]
-            shown = self.state.get(param)
-            if shown and not slot.is_shown_by(shown):
-                checkpoint.place(shown, slot)
-                self.state[param] = slot.attach()
-            elif not shown and slot.entry:  # someone deleted it: begin anew
-                slot.clear()
-        self._shown = [tensor for entry in self.state.values() for tensor in entry.values()]
+    def _reserve(self, wanted: list[Wanted]) -> None:
+        self._plans.clear()
+        self._store.reserve(wanted, self.state)
         self._formats_key = self._wanted_formats()
-        self._launches.clear()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adamw_triton.pinned import host_bytes
 from adamw_triton_kernels import reference
 
 Moments = dict[str, Tensor]
@@ -115,11 +116,12 @@ class Slot:
         """As ``Tensor.get_device`` counts: -1 for the CPU."""
         return -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
 
-    def fits(self, param: Tensor, state_format: Format) -> bool:
+    def fits(self, param: Tensor, state_format: Format, paged: bool) -> bool:
         """Whether the slot can go on being this parameter's."""
         return (
             self.param is param
             and self.format == state_format
+            and self.buffer.paged == paged
             and self.shape == param.shape
             and self.buffer.device == param.device
         )
@@ -159,27 +161,93 @@ class Slot:
 
 
 class StateBuffer:
-    """Zeroed state of many parameters of one device and one format."""
+    """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
+    parameters. A paged one lives in pinned host memory."""
 
-    def __init__(self, state_format: Format, params: Sequence[tuple[Tensor, str]], device: torch.device):
+    def __init__(
+        self, state_format: Format, device: torch.device, numel: int, slots: int, *, paged: bool = False
+    ) -> None:
         self.format = state_format
         self.device = device
-        self.slots: list[Slot] = []
-        start = 0
-        for index, (param, name) in enumerate(params):
-            real = as_real(param)
-            dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps
-            contiguous = dense.is_contiguous() and not param.is_complex()
-            self.slots.append(
-                Slot(param, name, self, index, start, real.numel(), param.shape, dense.stride(), contiguous)
-            )
-            start += round_up(real.numel(), state_format.alignment)
-        self.arrays = {
-            array.name: torch.zeros(start // array.per, dtype=array.dtype, device=device)
-            for array in state_format.arrays
-        }
+        self.numel = numel
+        self.paged = paged
+        self.on_host = paged
+        self.arrays = self._allocate()
         # On the CPU, as torch.optim.AdamW keeps it; one array, so that counting is one operation.
-        self.steps = torch.zeros(len(self.slots), dtype=torch.float32)
+        self.steps = torch.zeros(slots, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return nbytes(self.format, self.numel)
+
+    def move(self, *, to_host: bool) -> None:
+        """Take the arrays to the host or back to the device. Views of them stay behind."""
+        before, was_on_host = self.arrays, self.on_host
+        self.on_host = to_host
+        try:
+            self.arrays = self._allocate()
+        except BaseException:
+            self.on_host = was_on_host
+            raise
+        for name, array in self.arrays.items():
+            array.copy_(before[name])
+
+    def _allocate(self) -> dict[str, Tensor]:
+        sizes = {array: self.numel // array.per for array in self.format.arrays}
+        if self.on_host:
+            return {
+                array.name: host_bytes(size * array.dtype.itemsize).view(array.dtype)
+                for array, size in sizes.items()
+            }
+        return {
+            array.name: torch.zeros(size, dtype=array.dtype, device=self.device)
+            for array, size in sizes.items()
+        }
+
+
+class Page(NamedTuple):
+    """A range of a buffer's elements; both ends are multiples of the format's alignment."""
+
+    buffer: StateBuffer
+    start: int
+    stop: int
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The range of each array."""
+        return {
+            array.name: self.buffer.arrays[array.name][self.start // array.per : self.stop // array.per]
+            for array in self.buffer.format.arrays
+        }
+
+
+def make_slots(
+    state_format: Format,
+    params: Sequence[tuple[Tensor, str]],
+    device: torch.device,
+    *,
+    paged: bool = False,
+) -> list[Slot]:
+    """A new buffer for these parameters, each with what messages call it; their places in it."""
+    reals = [as_real(param) for param, _ in params]
+    starts = [0]
+    for real in reals:
+        starts.append(starts[-1] + round_up(real.numel(), state_format.alignment))
+    buffer = StateBuffer(state_format, device, starts.pop(), len(reals), paged=paged)
+    slots = []
+    for index, ((param, name), real, start) in enumerate(zip(params, reals, starts, strict=True)):
+        dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps
+        contiguous = dense.is_contiguous() and not param.is_complex()
+        slots.append(
+            Slot(param, name, buffer, index, start, real.numel(), param.shape, dense.stride(), contiguous)
+        )
+    return slots
+
+
+def nbytes(state_format: Format, numel: int) -> int:
+    """Bytes of state for ``numel`` elements, rounded up to the format's alignment."""
+    whole = round_up(numel, state_format.alignment)
+    return sum(whole // array.per * array.dtype.itemsize for array in state_format.arrays)
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from adamw_triton_kernels import reference
-from adamw_triton_kernels.work import Hyper, Layout
+from adamw_triton_kernels.work import MAX_CHUNKS, Hyper, Layout
 
-__all__ = ["Hyper", "Layout", "Update", "update_for"]
+__all__ = ["MAX_CHUNKS", "Hyper", "Layout", "Update", "update_for"]
 
 Update = Callable[
     [Sequence[torch.Tensor], Sequence[torch.Tensor], Mapping[str, torch.Tensor], Layout, Sequence[Hyper]],

@@ -27,10 +27,6 @@ from adamw_triton_kernels.work import Hyper, Layout
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Enough chunks that the last wave of programs is a small part of the launch, and few enough that
-# the table stays under a megabyte however large the model is.
-MAX_CHUNKS = 65_536
-
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -112,7 +108,7 @@ class Build:
 BuildFunction = Callable[..., Build]
 
 
-def chunk_table(numels: Sequence[int], tile: int, max_chunks: int = MAX_CHUNKS) -> tuple[torch.Tensor, int]:
+def chunk_table(numels: Sequence[int], tile: int, max_chunks: int) -> tuple[torch.Tensor, int]:
     """The table ``chunks`` and the elements of a chunk, a multiple of ``tile``."""
     tiles = torch.tensor([-(-numel // tile) for numel in numels], dtype=torch.int64)
     tiles_per_chunk = -(-int(tiles.sum()) // max_chunks) or 1
@@ -129,7 +125,7 @@ class _Tables:
         rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, strict=True)
         self.device = device
         self.tensors = self.send(torch.tensor(list(rows), dtype=torch.int64))
-        chunks, self.chunk_size = chunk_table(layout.numels, tile)
+        chunks, self.chunk_size = chunk_table(layout.numels, tile, layout.max_chunks)
         self.chunks = self.send(chunks)
         self.last_addresses = array("q")
         self.addresses = self.tensors

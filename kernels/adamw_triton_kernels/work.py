@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+# Enough programs that the last wave of them is a small part of the launch, and few enough that their
+# table stays under a megabyte however large the model is.
+MAX_CHUNKS = 65_536
 DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one element are far apart
 
 
@@ -70,4 +73,6 @@ class Layout:
     """Index in the whole parameter of the tensor's first element: 0, unless it is a piece of one."""
     rows: tuple[int, ...]
     """Which of the call's ``Hyper`` it takes."""
+    max_chunks: int = MAX_CHUNKS
+    """Programs of the launch, at most about."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)

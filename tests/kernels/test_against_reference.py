@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.state import Blockwise8, Float32, Format, StateBuffer
-from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, launch, reference
+from adamw_triton.state import Blockwise8, Float32, Format, make_slots
+from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, adamw_8bit, adamw_32bit, reference
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -51,10 +51,10 @@ class Problem:
     def of(cls, state_format: Format, dtype: torch.dtype, device: str) -> Problem:
         generator = torch.Generator().manual_seed(1)
         params = [torch.randn(n, generator=generator).to(device, dtype) for n in NUMELS]
-        buffer = StateBuffer(state_format, [(p, "p") for p in params], torch.device(device))
-        offsets = tuple(slot.start for slot in buffer.slots)
+        slots = make_slots(state_format, [(p, "p") for p in params], torch.device(device))
+        offsets = tuple(slot.start for slot in slots)
         rows = tuple(i % 2 for i in range(len(NUMELS)))
-        return cls(state_format, params, buffer.arrays, Layout(NUMELS, offsets, FIRSTS, rows))
+        return cls(state_format, params, slots[0].buffer.arrays, Layout(NUMELS, offsets, FIRSTS, rows))
 
     def step(self, number: int, grads: list[Tensor], *, in_triton: bool = True) -> None:
         name = self.format.update
@@ -175,15 +175,12 @@ def test_8bit_codes_are_the_same(
     + [pytest.param(other, marks=pytest.mark.slow) for other in (Float32(amsgrad=True), Blockwise8(256))],
     ids=str,
 )
-def test_the_same_inputs_give_the_same_bits(
-    state_format: Format, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_inputs_give_the_same_bits(state_format: Format, device: str) -> None:
     """Twice, and cut into chunks of several tiles."""
-    table = launch.chunk_table
     runs = []
-    for max_chunks in (launch.MAX_CHUNKS, launch.MAX_CHUNKS, 8):
-        monkeypatch.setattr(launch, "chunk_table", functools.partial(table, max_chunks=max_chunks))
+    for max_chunks in (MAX_CHUNKS, MAX_CHUNKS, 8):
         problem = Problem.of(state_format, torch.bfloat16, device)
+        problem.layout = dataclasses.replace(problem.layout, max_chunks=max_chunks)
         for step in (1, 2):
             problem.step(step, gradients(step, torch.bfloat16, device))
         runs.append(problem)

@@ -57,7 +57,7 @@ def report(name: str) -> dict[str, Any]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from adamw_triton.state import Blockwise8, Float32, StateBuffer
+    from adamw_triton.state import Blockwise8, Float32, make_slots
     from adamw_triton_kernels import Hyper, Layout, launch, update_for
 
     stub = StubDriver()
@@ -70,9 +70,8 @@ def report(name: str) -> dict[str, Any]:
     launch.call = lambda *arguments: calls.append(arguments) or call(*arguments)
 
     param, grad = torch.ones(5000).bfloat16(), torch.ones(5000)
-    buffer = StateBuffer(
-        {"adamw_32bit": Float32(), "adamw_8bit": Blockwise8()}[name], [(param, "p")], param.device
-    )
+    state_format = {"adamw_32bit": Float32(), "adamw_8bit": Blockwise8()}[name]
+    buffer = make_slots(state_format, [(param, "p")], param.device)[0].buffer
     layout = Layout((5000,), (0,), (0,), (0,))
     update = update_for(name, torch.device("cuda"))
     for step in (1, 2):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.state import Blockwise8, Float32, Format, StateBuffer
+from adamw_triton.state import Blockwise8, Float32, Format, make_slots
 from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, reference
 
 DEVICES = [
@@ -53,11 +53,11 @@ class Problem:
         self.grads = [
             guarded.inside.copy_(torch.randn(guarded.inside.numel())) for guarded in self.guarded[1::2]
         ]
-        buffer = StateBuffer(state_format, [(p, "p") for p in self.params], torch.device("meta"))
-        self.offsets = tuple(slot.start for slot in buffer.slots)
+        slots = make_slots(state_format, [(p, "p") for p in self.params], torch.device("meta"))
+        self.offsets = tuple(slot.start for slot in slots)
         self.layout = Layout(NUMELS, self.offsets, (0,) * len(NUMELS), (0,) * len(NUMELS))
         self.arrays: dict[str, Tensor] = {}
-        for name, array in buffer.arrays.items():
+        for name, array in slots[0].buffer.arrays.items():
             self.guarded.append(Guarded(array.numel(), array.dtype, device))
             self.arrays[name] = self.guarded[-1].inside
 

@@ -32,6 +32,14 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"variant": None}, ValueError, "Invalid variant: None"),
     ({"variant": "8bit", "block_size": 64}, ValueError, "block_size: 64.*128 or 256"),
     ({"variant": "8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
+    ({"variant": "paged_8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
+    ({"variant": "8bit", "memory_budget": "4GiB"}, ValueError, "'4GiB' needs a paged variant.*'8bit'"),
+    ({"variant": "8bit", "transfer": "copy"}, ValueError, "transfer='copy' needs a paged variant"),
+    ({"variant": "paged_8bit", "transfer": "dma"}, ValueError, "transfer: 'dma'.*'copy', 'zero_copy'"),
+    ({"variant": "paged_8bit", "memory_budget": "lots"}, ValueError, "memory_budget: 'lots'.*'4GiB'"),
+    ({"variant": "paged_8bit", "memory_budget": -1}, ValueError, "memory_budget: -1"),
+    ({"variant": "paged_8bit", "memory_budget": 1.5}, ValueError, "memory_budget: 1.5"),
+    ({"variant": "paged_8bit", "memory_budget": "10KiB"}, ValueError, "10.0 KiB is too small.*192.0 KiB"),
 ]
 
 
@@ -41,7 +49,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(parameters(), **arguments)
 
 
-@pytest.mark.parametrize("key", ["memory_budget", "capturable", "master_weights", "foreach", "fused"])
+@pytest.mark.parametrize("key", ["capturable", "master_weights", "foreach", "fused"])
 def test_no_keyword_exists_before_it_works(key: str) -> None:
     with pytest.raises(TypeError, match=key):
         AdamW(parameters(), **{key: True})  # type: ignore[arg-type]

@@ -16,9 +16,14 @@ ROOMS = [
     {"demo"},
     {"__init__"},
     {"optimizer"},
-    {"batch", "checkpoint"},
-    {"arguments", "state"},
-    {"_version"},
+    {"batch", "store"},
+    {"pager", "checkpoint"},
+    {"arguments"},
+    {"transfer"},
+    {"placement", "device"},
+    {"state"},
+    {"pinned", "interrupts"},
+    {"memory", "_version"},
 ]
 KERNEL_ROOMS = [
     {"adamw_32bit", "adamw_8bit"},
@@ -29,7 +34,7 @@ KERNEL_ROOMS = [
     {"work"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.
-SAME_ROOM = {("blockwise", "update_rule"), ("demo", "demo"), ("checkpoint", "state")}
+SAME_ROOM = {("blockwise", "update_rule"), ("demo", "demo")}
 
 
 def imports(path: Path) -> set[str]:

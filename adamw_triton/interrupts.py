@@ -1,0 +1,34 @@
+"""Ctrl-C between two halves of a step would leave half a model stepped."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class DeferredInterrupt:
+    """A context in which SIGINT waits until the end. Only the main thread of a process gets signals;
+    elsewhere, and where a handler was not set from Python, this does nothing."""
+
+    def __enter__(self) -> None:
+        self._caught: tuple[int, FrameType | None] | None = None
+        self._previous: Any = None
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.getsignal(signal.SIGINT)
+            if callable(previous):
+                self._previous = previous
+                signal.signal(signal.SIGINT, self._catch)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is None:
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        if self._caught is not None:
+            self._previous(*self._caught)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self._caught = number, frame

@@ -1,0 +1,225 @@
+"""Where the state of every parameter is: slots in buffers, resident or paged, and what moves them."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamw_triton import checkpoint
+from adamw_triton.device import device_for
+from adamw_triton.interrupts import DeferredInterrupt
+from adamw_triton.memory import require_host
+from adamw_triton.pager import Pager, Work
+from adamw_triton.placement import page_elements, place, ring_for
+from adamw_triton.state import Format, Slot, StateBuffer, as_real, make_slots, nbytes
+
+State = MutableMapping[Tensor, dict[str, Any]]
+"""What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
+
+
+class Wanted(NamedTuple):
+    """A parameter that needs a slot."""
+
+    param: Tensor
+    name: str
+    """What error messages call it."""
+    format: Format
+
+
+class Store:
+    """The state of one optimizer.
+
+    Args:
+        paged: whether state may live in host memory.
+        budget: bytes that it may then take on each GPU, staging included; None for staging alone.
+        transfer: one of ``transfer.TRANSFERS``.
+    """
+
+    def __init__(self, *, paged: bool, budget: int | None, transfer: str) -> None:
+        self._paged = paged
+        self._budget = budget
+        self._transfer = transfer
+        self.slots: dict[int, Slot] = {}
+        """By id of the parameter, which the slot keeps alive."""
+        self._page_bytes: dict[torch.device, int] = {}
+        self._pagers: dict[torch.device, Pager] = {}
+        self._shown: list[Tensor] | None = None
+
+    @property
+    def buffers(self) -> list[StateBuffer]:
+        return list(dict.fromkeys(slot.buffer for slot in self.slots.values()))
+
+    def page_elements(self, buffer: StateBuffer) -> int:
+        """Of a page of the buffer; resident buffers are one page."""
+        if buffer.paged:
+            return page_elements(buffer.format, self._page_bytes[buffer.device])
+        return max(1, buffer.numel)
+
+    # Slots
+
+    def intact(self, state: State) -> bool:
+        """Whether ``state`` shows our buffers and nothing that someone else put there: loaders move its
+        tensors about."""
+        if self._shown is None:
+            return False
+        shown = itertools.chain.from_iterable(map(dict.values, state.values()))
+        return all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown)))
+
+    def reserve(self, wanted: Sequence[Wanted], state: State) -> None:
+        """Give each parameter a slot, and put there what ``state`` shows for it. Others lose theirs.
+
+        Raises:
+            MemoryError: the host's memory is too small; nothing is changed then.
+            RuntimeError: a parameter has changed its shape.
+        """
+        for param, name, _ in wanted:
+            slot = self.slots.get(id(param))
+            if slot is not None and slot.shape != param.shape and param in state:
+                raise RuntimeError(
+                    f"{name} had shape {tuple(slot.shape)} when its state was made and has now "
+                    f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
+                )
+        self.finish()
+        paged = self._place(wanted)
+        made = self._make_slots(wanted, paged)
+        self._shown = None  # from here to the end, an interrupted call is begun again
+        self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
+        for param, _, _ in wanted:
+            slot = self.slots[id(param)]
+            shown = state.get(param)
+            if shown and not slot.is_shown_by(shown):
+                checkpoint.place(shown, slot)
+                state[param] = slot.attach()
+            elif not shown and slot.entry:  # someone deleted it: begin anew
+                slot.clear()
+        self._remember(state)
+
+    def attach(self, slots: Sequence[Slot], state: State) -> None:
+        """Show in ``state`` the slots that are about to have their first update."""
+        fresh = [slot for slot in slots if not slot.entry]
+        for slot in fresh:
+            state[slot.param] = slot.attach()
+        if fresh:
+            self._remember(state)
+
+    def _remember(self, state: State) -> None:
+        self._shown = [tensor for entry in state.values() for tensor in entry.values()]
+
+    def _place(self, wanted: Sequence[Wanted]) -> list[bool]:
+        """Which of them are paged."""
+        of_device: dict[torch.device, list[int]] = defaultdict(list)
+        for index, (param, _, _) in enumerate(wanted):
+            of_device[param.device].append(index)
+        paged = [False] * len(wanted)
+        for device, indices in of_device.items():
+            sizes = [(wanted[index].format, as_real(wanted[index].param).numel()) for index in indices]
+            placement = place(sizes, self._paged, self._budget)
+            self._page_bytes[device] = placement.page_bytes
+            for index, is_paged in zip(indices, placement.paged, strict=True):
+                paged[index] = is_paged
+        return paged
+
+    def _make_slots(self, wanted: Sequence[Wanted], paged: Sequence[bool]) -> dict[int, Slot]:
+        """New slots, in new buffers, where the old ones will not do."""
+        # A buffer that one parameter leaves is left by all, or its memory would never be handed back.
+        leaving = {
+            slot.buffer
+            for (param, _, state_format), is_paged in zip(wanted, paged, strict=True)
+            if (slot := self.slots.get(id(param))) and not slot.fits(param, state_format, is_paged)
+        }
+        homeless: dict[tuple[torch.device, Format, bool], list[tuple[Tensor, str]]] = defaultdict(list)
+        for (param, name, state_format), is_paged in zip(wanted, paged, strict=True):
+            slot = self.slots.get(id(param))
+            if slot is None or slot.buffer in leaving:
+                homeless[param.device, state_format, is_paged].append((param, name))
+        on_host = sum(
+            nbytes(state_format, as_real(param).numel())
+            for (_, state_format, is_paged), members in homeless.items()
+            for param, _ in members
+            if is_paged
+        )
+        require_host(on_host, "paged optimizer state")
+        return {
+            id(slot.param): slot
+            for (device, state_format, is_paged), members in homeless.items()
+            for slot in make_slots(state_format, members, device, paged=is_paged)
+        }
+
+    # Steps
+
+    def prepare(self, work: Work) -> None:
+        """All that a step needs and that can fail: staging buffers."""
+        for device, pages in _by_device(work).items():
+            if device not in self._pagers:
+                self._pagers[device] = Pager(device_for(device), self._transfer)
+            paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
+            self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
+
+    def run(self, work: Work) -> None:
+        """Update all pages: resident ones where they are, while the first of the others come in."""
+        for page, update in work:
+            if not page.buffer.paged:
+                update(page.buffer.arrays)
+        for device, pages in _by_device(work).items():
+            self._pagers[device].walk(pages)
+
+    def finish(self) -> None:
+        """Wait until all pages are on the host."""
+        for pager in self._pagers.values():
+            pager.finish()
+
+    # Between steps
+
+    def offload(self, state: State) -> None:
+        """Take resident state to the host, and hand back the staging buffers.
+
+        Raises:
+            MemoryError: the host's memory is too small; nothing is changed then.
+        """
+        resident = [buffer for buffer in self.buffers if not buffer.on_host]
+        require_host(sum(buffer.nbytes for buffer in resident), "offloaded optimizer state")
+        for pager in self._pagers.values():
+            pager.free()
+        self._move(resident, state, to_host=True)
+
+    def reload(self, state: State) -> None:
+        """Take it back; does nothing if all is in its place."""
+        away = [buffer for buffer in self.buffers if buffer.on_host and not buffer.paged]
+        if away:
+            self._move(away, state, to_host=False)
+
+    def _move(self, buffers: Sequence[StateBuffer], state: State, *, to_host: bool) -> None:
+        with DeferredInterrupt():
+            try:
+                for buffer in buffers:
+                    buffer.move(to_host=to_host)
+            finally:  # also if memory ran out halfway
+                for slot in self.slots.values():
+                    if slot.entry:
+                        state[slot.param] = slot.attach()
+                self._remember(state)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by place and by format."""
+        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in self._pagers.values())}
+        formats: dict[str, int] = defaultdict(int)
+        for buffer in self.buffers:
+            on_gpu = not buffer.on_host and buffer.device.type != "cpu"
+            places["gpu" if on_gpu else "host"] += buffer.nbytes
+            formats[buffer.format.name] += buffer.nbytes
+        return {**places, **formats}
+
+
+def _by_device(work: Work) -> dict[torch.device, Work]:
+    """The paged pages."""
+    found: dict[torch.device, list[Any]] = defaultdict(list)
+    for page, update in work:
+        if page.buffer.paged:
+            found[page.buffer.device].append((page, update))
+    return dict(found)
