@@ -57,12 +57,12 @@ class CudaRegistrar:
         self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
 
 
-def host_bytes(size: int) -> Tensor:
-    """``size`` zeroed bytes on the host: pinned if there is a GPU, by torch's allocator if the driver
+def host_bytes(size: int, device: torch.device) -> Tensor:
+    """``size`` zeroed bytes on the host: pinned if ``device`` is a GPU, by torch's allocator if the driver
     refuses to register ours, and plain if that fails too (copies are slow then; it is logged)."""
-    if size == 0 or not torch.cuda.is_available():
+    if size == 0 or device.type != "cuda":
         return torch.zeros(size, dtype=torch.uint8)
-    torch.cuda.mem_get_info()  # a driver's call needs the device's context, which this makes current
+    torch.cuda.mem_get_info(device)  # a driver's call needs a context, which this makes
     try:
         registrar = CudaRegistrar()
     except OSError as error:  # ROCm

@@ -197,7 +197,7 @@ class StateBuffer:
         sizes = {array: self.numel // array.per for array in self.format.arrays}
         if self.on_host:
             return {
-                array.name: host_bytes(size * array.dtype.itemsize).view(array.dtype)
+                array.name: host_bytes(size * array.dtype.itemsize, self.device).view(array.dtype)
                 for array, size in sizes.items()
             }
         return {

@@ -1,0 +1,177 @@
+"""The pager's schedule: every legal order of what it queues gives the sequential bits, and none of its waits
+could be left out."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adamw_triton import pager
+from adamw_triton.pager import Arrays, Pager
+from adamw_triton.placement import Ring, staged_bytes
+from adamw_triton.state import Blockwise8, Float32, Format, Page, StateBuffer, make_slots
+from tests.paging.simulated import EveryOrder, SimulatedDevice, random_order
+
+ORDERS = 1000
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Some steps of a pager. ``steps`` are the pages that each moves; ``rings`` the stages it asks for, of
+    which one is a page longer than needed where it is negative."""
+
+    format: Format
+    pages: int
+    steps: tuple[tuple[int, ...], ...]
+    rings: tuple[int, ...]
+    transfer: str
+
+    def run(self, device: SimulatedDevice) -> list[bytes]:
+        """The state afterwards, as a host that finished waiting finds it."""
+        buffer = self.buffer()
+        pager = Pager(device, self.transfer)
+        for number, (step, stages) in enumerate(zip(self.steps, self.rings, strict=True)):
+            work = [(page, functools.partial(update, number, page)) for page in self.cut(buffer, step)]
+            stage = staged_bytes(self.format, self.page_elements * (2 if stages < 0 else 1))
+            pager.prepare(work, Ring(stage, abs(stages)))
+            pager.walk(work)
+        pager.finish()
+        return found(buffer)
+
+    def sequential(self) -> list[bytes]:
+        """The state after the same steps without any paging."""
+        buffer = self.buffer()
+        for number, step in enumerate(self.steps):
+            for page in self.cut(buffer, step):
+                update(number, page, page.arrays())
+        return found(buffer)
+
+    @property
+    def page_elements(self) -> int:
+        return 2 * self.format.alignment
+
+    def buffer(self) -> StateBuffer:
+        numel = self.pages * self.page_elements - self.format.alignment  # the last page is half one
+        buffer = make_slots(self.format, [(torch.empty(numel), "p")], torch.device("cpu"))[0].buffer
+        generator = torch.Generator().manual_seed(0)
+        for array in buffer.arrays.values():
+            array.copy_(torch.randint(-50, 50, array.shape, generator=generator))
+        return buffer
+
+    def cut(self, buffer: StateBuffer, pages: Sequence[int]) -> list[Page]:
+        size = self.page_elements
+        return [Page(buffer, page * size, min((page + 1) * size, buffer.numel)) for page in pages]
+
+
+def update(step: int, page: Page, arrays: Arrays) -> None:
+    """An update that shows if it is given another page's state, or another step's, or runs twice."""
+    for array in arrays.values():
+        array.copy_(bits(array) * 3 + 7 * step + page.start + 1 & 0x3F)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int32)
+
+
+def found(buffer: StateBuffer) -> list[bytes]:
+    return [array.view(torch.uint8).numpy().tobytes() for array in buffer.arrays.values()]
+
+
+def steps(pages: int, count: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Sets of pages in order: some miss where no parameter of theirs has a gradient."""
+    generator = random.Random(seed)
+    return tuple(
+        tuple(page for page in range(pages) if generator.random() < 0.8) or (0,) for _ in range(count)
+    )
+
+
+SITUATIONS = {
+    "copies, three stages": Situation(Float32(), 7, steps(7, 3, 0), (3, 3, 3), "copy"),
+    "copies, two stages": Situation(Float32(), 5, steps(5, 3, 1), (2, 2, 2), "copy"),
+    "copies, one stage": Situation(Float32(), 4, steps(4, 3, 2), (1, 1, 1), "copy"),
+    "copies of 8-bit state": Situation(Blockwise8(), 6, steps(6, 3, 3), (3, 3, 3), "copy"),
+    "the ring grows": Situation(Blockwise8(256), 5, steps(5, 4, 4), (1, 2, -2, -3), "copy"),
+    "in place": Situation(Float32(amsgrad=True), 4, steps(4, 3, 5), (3, 3, 3), "zero_copy"),
+    "one way after the other": Situation(Float32(), 5, steps(5, 7, 6), (3,) * 7, "auto"),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_thousand_random_orders_give_the_sequential_bits(name: str) -> None:
+    situation = SITUATIONS[name]
+    expected = situation.sequential()
+    for seed in range(ORDERS):
+        assert situation.run(SimulatedDevice(random_order(seed))) == expected, seed
+
+
+@pytest.mark.parametrize(
+    ("pages", "stages", "count", "orders"), [(5, 2, 1, 377), (4, 3, 1, 341), (5, 3, 1, 2731), (3, 3, 2, 1764)]
+)
+def test_every_order_gives_the_sequential_bits(pages: int, stages: int, count: int, orders: int) -> None:
+    """``orders``: how many there are; with fewer, some overlap would have been lost."""
+    situation = Situation(Single(), pages, (tuple(range(pages)),) * count, (stages,) * count, "copy")
+    expected = situation.sequential()
+    every = EveryOrder()
+    for choose in every:
+        assert situation.run(SimulatedDevice(choose)) == expected
+    assert every.count == orders
+
+
+class Single(Float32):
+    """A format of one array: each page is one copy in, one update, one copy out."""
+
+    @property
+    def arrays(self) -> tuple:  # type: ignore[type-arg]
+        return super().arrays[:1]
+
+
+def waits_in_the_source() -> set[int]:
+    """Lines of the pager that wait for an event."""
+    calls = [
+        node for node in ast.walk(ast.parse(Path(pager.__file__).read_text())) if isinstance(node, ast.Call)
+    ]
+    return {
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and (call.func.attr == "wait" or ast.unparse(call.func) == "self._device.finish")
+    }
+
+
+def orders_that_differ(line: int) -> bool:
+    """Whether without the wait of this line some order, or the schedule itself, goes wrong."""
+    for situation in SITUATIONS.values():
+        expected = situation.sequential()
+        for seed in range(100):
+            if situation.run(SimulatedDevice(random_order(seed), without=line)) != expected:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("line", sorted(waits_in_the_source()))
+def test_no_wait_can_be_left_out(line: int) -> None:
+    assert orders_that_differ(line)
+
+
+def test_all_waits_are_tried() -> None:
+    """No situation would otherwise show that a wait is needed."""
+    tried: set[int] = set()
+    for situation in SITUATIONS.values():
+        device = SimulatedDevice(random_order(0))
+        situation.run(device)
+        tried |= device.waited_at
+    assert tried == waits_in_the_source()
+    assert len(tried) == 7
+
+
+def test_leaving_out_nothing_changes_nothing() -> None:
+    """The mutation test itself: line 0 is no wait."""
+    assert not orders_that_differ(0)
