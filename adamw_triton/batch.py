@@ -128,7 +128,7 @@ class Launch:
         return self.layout, steps
 
 
-class Plan:
+class Batch:
     """The launches of a step on certain parameters, page by page; kept for steps on the same ones."""
 
     def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:

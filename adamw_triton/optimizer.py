@@ -19,7 +19,7 @@ from adamw_triton.arguments import (
     check_variant,
     name_of,
 )
-from adamw_triton.batch import Item, Plan, pair_of
+from adamw_triton.batch import Batch, Item, pair_of
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import Blockwise8, Float32, Format, as_real
 from adamw_triton.store import Store, Wanted
@@ -27,7 +27,7 @@ from adamw_triton.store import Store, Wanted
 SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
 
-_KEPT_PLANS = 16
+_KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
@@ -132,16 +132,16 @@ class AdamW(torch.optim.Optimizer):
             return loss
         self._check_consistent()
         items = self._gather()
-        plan = self._plan_for(items)
+        batch = self._batch_for(items)
         pairs = [pair_of(item) for item in items]
         loss_scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-        work = plan.prepare(pairs, self.param_groups, grad_scale)
+        work = batch.prepare(pairs, self.param_groups, grad_scale)
         self._store.prepare(work)
         with self._commit():
-            self._store.attach(plan.slots, self.state)
+            self._store.attach(batch.slots, self.state)
             self._store.run(work)
-            plan.count()
+            batch.count()
             for item, pair in zip(items, pairs, strict=True):
                 if pair.param is not item.param and pair.param.data_ptr() != item.param.data_ptr():
                     as_real(item.param).copy_(pair.param)
@@ -212,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._store = Store(paged=VARIANTS[self.variant].paged, budget=self._budget, transfer=self.transfer)
         self._formats_key: list[tuple[Any, Any]] = []
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._batches: dict[tuple[Any, ...], Batch] = {}
         self._failure: str | None = None
 
     # One step: gather and check, find each parameter's place, group into launches, then write.
@@ -239,15 +239,15 @@ class AdamW(torch.optim.Optimizer):
         slots = self._store.slots
         return [Item(group, slots[id(param)], param, grad) for group, _, param, grad in found]
 
-    def _plan_for(self, items: list[Item]) -> Plan:
+    def _batch_for(self, items: list[Item]) -> Batch:
         """Kept for steps on the same parameters."""
         key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _KEPT_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = Plan(items, self._store.page_elements)
-        return plan
+        batch = self._batches.get(key)
+        if batch is None:
+            if len(self._batches) >= _KEPT_BATCHES:
+                self._batches.clear()
+            batch = self._batches[key] = Batch(items, self._store.page_elements)
+        return batch
 
     @contextlib.contextmanager
     def _commit(self) -> Iterator[None]:
@@ -298,6 +298,6 @@ class AdamW(torch.optim.Optimizer):
         return [(group["amsgrad"], group["state_bits"]) for group in self.param_groups]
 
     def _reserve(self, wanted: list[Wanted]) -> None:
-        self._plans.clear()
+        self._batches.clear()
         self._store.reserve(wanted, self.state)
         self._formats_key = self._wanted_formats()

@@ -31,13 +31,15 @@ Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
 class Pager:
     """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates."""
 
+    _last: Event | None = None
+    """After it, all pages are where they belong. Of the class: ``__del__`` finds it even if ``__init__`` was
+    interrupted."""
+
     def __init__(self, device: Device, transfer: str) -> None:
         self._device = device
         self._choice = Choice(device, transfer)
         self._transfer = COPY
         self._ring: list[Tensor] = []
-        self._last: Event | None = None
-        """After it, all pages are where they belong."""
 
     def __del__(self) -> None:
         self.finish()  # or the ring's memory would be used anew while pages go out of it

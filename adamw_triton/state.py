@@ -146,7 +146,8 @@ class Slot:
         return ranges
 
     def attach(self) -> dict[str, Any]:
-        """Make ``entry``: the arrays in the parameter's shape, scales flat, and the step count."""
+        """Make ``entry``: the arrays in the parameter's shape, scales flat, and the step count. What is
+        returned is a copy: others may change theirs, and ours says what it was."""
         shape = as_real(self.param).shape
         flat = self.flat()
         self.entry = {"step": self.buffer.steps[self.index]}
@@ -157,7 +158,7 @@ class Slot:
                 if self.param.is_complex() and view.dtype is torch.float32:
                     view = torch.view_as_complex(view)
             self.entry[array.name] = view
-        return self.entry
+        return dict(self.entry)
 
 
 class StateBuffer:

@@ -3,10 +3,10 @@
 Kept light, so that the command line can show its help without importing torch.
 """
 
-STEPS = 500
+STEPS = 300
 
 # The optimizers to stand side by side: torch's own, then ours by variant.
-OPTIMIZERS = ("torch", "32bit", "8bit")
+OPTIMIZERS = ("torch", "32bit", "8bit", "paged_32bit", "paged_8bit")
 
 
 class DemoError(ValueError):

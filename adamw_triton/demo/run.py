@@ -94,5 +94,6 @@ def describe(task: Task) -> str:
         f"{task.steps} steps of {BATCH} x {CONTEXT} bytes on {task.device}",
     ]
     if task.device.type == "cpu":
-        lines.append("On a CPU the variants run in plain torch, not in their Triton kernels.")
+        lines.append("On a CPU the variants run in plain torch, not in their Triton kernels;")
+        lines.append("paged ones walk their pages there too, to the bits of the others.")
     return "\n".join(lines)

@@ -43,9 +43,8 @@ def test_every_optimizer_gets_a_result_a_row_and_a_curve(tmp_path, console):
         assert result.seconds_per_step > 0
 
     rows = console.file.getvalue().splitlines()
-    for name, result in zip(
-        ("torch.optim.AdamW", "adamw_triton 32bit", "adamw_triton 8bit"), results, strict=True
-    ):
+    names = ("torch.optim.AdamW", *(f"adamw_triton {name}" for name in OPTIMIZERS[1:]))
+    for name, result in zip(names, results, strict=True):
         figures = [
             f"{result.train_loss:.4f}",
             f"{result.validation_loss:.4f}",
@@ -64,6 +63,16 @@ def test_8bit_state_is_about_a_quarter_of_torchs(tmp_path, console):
     torchs, ours = run_demo(steps=1, out=tmp_path / "a.png", variants=("torch", "8bit"), console=console)
     assert torchs.state_bytes_per_parameter == 8  # two float32 moments
     assert 2 < ours.state_bytes_per_parameter < 3
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("bits", ["32bit", "8bit"])
+def test_paging_changes_nothing_but_the_place(bits, tmp_path, console):
+    variants = (bits, f"paged_{bits}")
+    resident, paged = run_demo(steps=4, out=tmp_path / "a.png", variants=variants, console=console)
+    assert paged.losses == resident.losses
+    assert paged.validation_loss == resident.validation_loss
+    assert paged.state_bytes_per_parameter == resident.state_bytes_per_parameter
 
 
 @pytest.mark.usefixtures("tiny")

@@ -44,8 +44,8 @@ def total(sizes: Sizes) -> int:
 
 @st.composite
 def budgeted(draw: st.DrawFn) -> tuple[Sizes, int]:
-    """Sizes of one order of magnitude, and a budget: for little more than a ring, for some part of them beside
-    it, or to the byte for a few of them."""
+    """Sizes of one order of magnitude, and a budget: for little more than a ring, for some part of them
+    beside it, or to the byte for a few of them."""
     largest = 10 ** draw(st.integers(3, 11))
     sizes = draw(st.lists(st.tuples(formats, st.integers(0, largest)), max_size=12))
     some = [size for size in sizes if draw(st.booleans())]
