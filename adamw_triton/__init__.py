@@ -2,5 +2,7 @@
 
 from adamw_triton._version import __version__
 from adamw_triton.optimizer import AdamW
+from adamw_triton.planning import plan
+from adamw_triton.plans import Plan
 
-__all__ = ["AdamW", "__version__"]
+__all__ = ["AdamW", "Plan", "__version__", "plan"]

@@ -19,10 +19,12 @@ class Variant(NamedTuple):
 
     bits: int
     paged: bool = False
+    chosen: bool = False
+    """Whether the first step chooses other ones."""
 
 
 VARIANTS = {
-    "auto": Variant(32),
+    "auto": Variant(32, chosen=True),
     "32bit": Variant(32),
     "8bit": Variant(8),
     "paged_32bit": Variant(32, paged=True),
@@ -46,10 +48,11 @@ def check_paging(variant: str, memory_budget: object, transfer: object) -> int |
         raise ValueError(
             f"Invalid transfer: {transfer!r}; it must be one of {', '.join(map(repr, TRANSFERS))}"
         )
+    pages = VARIANTS[variant].paged or VARIANTS[variant].chosen
     for name, value, default in (("memory_budget", memory_budget, None), ("transfer", transfer, "auto")):
-        if value != default and not VARIANTS[variant].paged:
+        if value != default and not pages:
             raise ValueError(
-                f"{name}={value!r} needs a paged variant; variant={variant!r} keeps all state "
+                f"{name}={value!r} needs variant='auto' or a paged one; variant={variant!r} keeps all state "
                 "where its parameters are"
             )
     if memory_budget is None:

@@ -1,9 +1,11 @@
-"""Ctrl-C between two halves of a step would leave half a model stepped."""
+"""Steps are written whole: Ctrl-C waits for the end of one; after an error inside one there is no next."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,3 +34,32 @@ class DeferredInterrupt:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._caught = number, frame
+
+
+class WholeSteps:
+    """Guards what a step writes."""
+
+    def __init__(self) -> None:
+        self._failure: str | None = None
+
+    @contextlib.contextmanager
+    def commit(self) -> Iterator[None]:
+        """Around all that a step writes: none of it or all of it, as far as can be."""
+        with DeferredInterrupt():
+            try:
+                yield
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                raise
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: a step failed halfway.
+        """
+        if self._failure is not None:
+            raise RuntimeError(
+                "an earlier step failed halfway: some parameters and their state have been updated and "
+                "others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
+                f"It had failed with {self._failure}"
+            )

@@ -38,6 +38,8 @@ def parse_bytes(value: object, name: str) -> int:
 
 def format_bytes(count: int) -> str:
     """``count`` in the largest unit of 1,024s that leaves a number of at least 1."""
+    if count < 0:
+        return f"-{format_bytes(-count)}"
     size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
     for unit in units:
         if size < 1024:

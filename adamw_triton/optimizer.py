@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from adamw_triton.arguments import (
     check_variant,
     name_of,
 )
+from adamw_triton.auto import Auto, Chooser, Fixed
 from adamw_triton.batch import Batch, Item, pair_of
-from adamw_triton.interrupts import DeferredInterrupt
-from adamw_triton.state import Blockwise8, Float32, Format, as_real
-from adamw_triton.store import Store, Wanted
-
-SMALLEST_8BIT = 4096
-"""Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
+from adamw_triton.interrupts import WholeSteps
+from adamw_triton.plans import Plan
+from adamw_triton.selector import bits_of
+from adamw_triton.state import Format, as_real, format_for
+from adamw_triton.store import Policy, Store, Wanted
 
 _KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
@@ -49,9 +48,13 @@ class AdamW(torch.optim.Optimizer):
               elements keep 32-bit state
             - ``"paged_32bit"``, ``"paged_8bit"``: the same in pinned host memory; a step streams it
               through a few staging buffers on the GPU, of 192 MiB in all
-            - ``"auto"``: for now, ``"32bit"``
-        memory_budget: with a paged variant, bytes that state and staging may take on each GPU
-            (``"4GiB"`` or an int): what fits stays there, the rest is paged. None: staging alone.
+            - ``"auto"``: the first step chooses by the memory that is left when forward and backward have
+              had their peak: 32-bit state on the GPU, else 8-bit, else 8-bit with as much as needed of
+              it paged; ``plan`` says why. Where training comes to need more, more is paged. On the CPU,
+              32-bit state unless only 8-bit fits.
+        memory_budget: with ``"auto"`` or a paged variant, bytes that state and staging may take on each
+            GPU (``"4GiB"`` or an int): what fits stays there, the rest is paged. None: with ``"auto"``
+            what is left, else staging alone.
         transfer: how paged state reaches the kernels: ``"copy"`` by the GPU's copy engines,
             ``"zero_copy"`` read and written in host memory by the kernels themselves, ``"auto"``
             whichever proves faster in the first four steps. The results are the same bits.
@@ -65,6 +68,9 @@ class AdamW(torch.optim.Optimizer):
         ValueError: a hyperparameter is out of range, or ``amsgrad`` meets 8-bit state.
         TypeError: a parameter's dtype is not supported.
     """
+
+    _store: Store
+    _whole: WholeSteps
 
     def __init__(
         self,
@@ -81,8 +87,9 @@ class AdamW(torch.optim.Optimizer):
         transfer: str = "auto",
         block_size: int = 128,
     ) -> None:
-        self._bits = check_variant(variant, block_size).bits
-        self._budget = check_paging(variant, memory_budget, transfer)
+        bits, paged, chosen = check_variant(variant, block_size)
+        budget = check_paging(variant, memory_budget, transfer)
+        self._chooser: Chooser = Auto(budget, block_size) if chosen else Fixed(bits, Policy(paged, budget))
         self.variant = variant
         self.memory_budget = memory_budget
         self.transfer = transfer
@@ -97,15 +104,20 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
             "state_bits": None,
         }
-        check_group(defaults, self._bits)
+        check_group(defaults, bits)
         super().__init__(params, defaults)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the first step of ``variant="auto"`` chose, and from what; None before it."""
+        return self._chooser.plan
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; also between steps."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, self._bits)
+            check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
                 check_param(param, name_of(group, len(self.param_groups) - 1, index))
         except Exception:
@@ -120,6 +132,9 @@ class AdamW(torch.optim.Optimizer):
         ``grad_scale`` and ``found_inf``, if a gradient scaler has set them on the optimizer, are
         honoured.
 
+        The first step of ``variant="auto"`` decides for all ranks of torch.distributed's default process
+        group: all of them have to take it.
+
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent.
         """
@@ -130,22 +145,29 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return loss
-        self._check_consistent()
+        self._whole.check()
         items = self._gather()
+        self._stepping = True
+        try:
+            self._update(items)
+        finally:
+            self._stepping = False
+        return loss
+
+    def _update(self, items: list[Item]) -> None:
         batch = self._batch_for(items)
         pairs = [pair_of(item) for item in items]
         loss_scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
         work = batch.prepare(pairs, self.param_groups, grad_scale)
         self._store.prepare(work)
-        with self._commit():
+        with self._whole.commit():
             self._store.attach(batch.slots, self.state)
             self._store.run(work)
             batch.count()
             for item, pair in zip(items, pairs, strict=True):
                 if pair.param is not item.param and pair.param.data_ptr() != item.param.data_ptr():
                     as_real(item.param).copy_(pair.param)
-        return loss
 
     def offload(self) -> None:
         """Hand back the GPU memory of resident state and of staging between steps, for evaluation or
@@ -174,7 +196,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a step failed halfway and left parameters inconsistent.
         """
-        self._check_consistent()
+        self._whole.check()
         self._store.finish()
         return super().state_dict()
 
@@ -192,8 +214,9 @@ class AdamW(torch.optim.Optimizer):
         finally:
             boxing.remove()
         self._reset()
-        with torch.no_grad():
-            self._reserve(self._trained(stateful_only=True))
+        if self._chooser.decided:
+            with torch.no_grad():
+                self._reserve(stateful_only=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
@@ -204,26 +227,31 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Buffers and tables are rebuilt from ``state`` at the next step.
-        self._check_consistent()
+        self._whole.check()
         self._store.finish()
-        kept = ("variant", "memory_budget", "transfer", "block_size", "_bits", "_budget")
+        kept = ("variant", "memory_budget", "transfer", "block_size", "_chooser")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def _reset(self) -> None:
-        self._store = Store(paged=VARIANTS[self.variant].paged, budget=self._budget, transfer=self.transfer)
+        # What was spilled before a load stays so; an unpickled optimizer has no store yet.
+        policy = self._store.policy if hasattr(self, "_store") else self._chooser.policy
+        self._store = Store(policy, self.transfer)
+        self._chooser.attach(self._held, self._spill)
+        self._stepping = False
         self._formats_key: list[tuple[Any, Any]] = []
         self._batches: dict[tuple[Any, ...], Batch] = {}
-        self._failure: str | None = None
+        self._whole = WholeSteps()
 
     # One step: gather and check, find each parameter's place, group into launches, then write.
 
     def _gather(self) -> list[Item]:
         """All parameters that have gradients, checked, each with its slot."""
+        self._chooser.watch()
         found: list[tuple[int, int, Tensor, Tensor]] = []
         slots = self._store.slots
         ready = self._intact()
         for group_index, group in enumerate(self.param_groups):
-            check_group(group, self._bits)
+            check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:
@@ -234,7 +262,10 @@ class AdamW(torch.optim.Optimizer):
                     ready = False
                 found.append((group_index, index, param, grad))
         if not ready:
-            self._reserve(self._trained())
+            if not self._chooser.decided:
+                self._chooser.decide(self.param_groups, self.state)
+                self._store.policy = self._chooser.policy
+            self._reserve()
         self._store.reload(self.state)
         slots = self._store.slots
         return [Item(group, slots[id(param)], param, grad) for group, _, param, grad in found]
@@ -249,25 +280,7 @@ class AdamW(torch.optim.Optimizer):
             batch = self._batches[key] = Batch(items, self._store.page_elements)
         return batch
 
-    @contextlib.contextmanager
-    def _commit(self) -> Iterator[None]:
-        """Around all that a step writes: none of it or all of it, as far as can be."""
-        with DeferredInterrupt():
-            try:
-                yield
-            except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}"
-                raise
-
-    def _check_consistent(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(
-                "an earlier step failed halfway: some parameters and their state have been updated and "
-                "others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
-                f"It had failed with {self._failure}"
-            )
-
-    def _trained(self, *, stateful_only: bool = False) -> list[Wanted]:
+    def _trained(self, stateful_only: bool = False) -> list[Wanted]:
         """Parameters that have state or, unless ``stateful_only``, can have."""
         found = []
         for group_index, group in enumerate(self.param_groups):
@@ -279,10 +292,8 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def _format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
-        bits = group["state_bits"] or self._bits
-        if bits == 8 and as_real(param).numel() >= SMALLEST_8BIT:
-            return Blockwise8(self.block_size)
-        return Float32(bool(group["amsgrad"]))
+        bits = bits_of(group["state_bits"], group["amsgrad"], self._chooser.bits)
+        return format_for(as_real(param).numel(), bits, self.block_size, bool(group["amsgrad"]))
 
     def _intact(self) -> bool:
         """Whether ``state`` is as we left it, and the groups still ask for the formats it has."""
@@ -290,14 +301,35 @@ class AdamW(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Take over whatever ``state`` shows."""
-        self._check_consistent()
+        self._whole.check()
         if not self._intact():
-            self._reserve(self._trained(stateful_only=True))
+            self._reserve(stateful_only=True)
 
     def _wanted_formats(self) -> list[tuple[Any, Any]]:
         return [(group["amsgrad"], group["state_bits"]) for group in self.param_groups]
 
-    def _reserve(self, wanted: list[Wanted]) -> None:
+    def _reserve(self, *, stateful_only: bool = False) -> None:
+        """Give all parameters, or those that have state, their places."""
         self._batches.clear()
-        self._store.reserve(wanted, self.state)
+        while True:
+            try:
+                self._store.reserve(self._trained(stateful_only), self.state)
+                break
+            except torch.OutOfMemoryError:
+                if not self._chooser.retreat():
+                    raise
+                self._store.policy = self._chooser.policy
         self._formats_key = self._wanted_formats()
+
+    def _held(self, device: torch.device) -> int:
+        """Bytes of state and staging on a GPU."""
+        return self._store.on_gpu(device)
+
+    def _spill(self, device: torch.device, nbytes: int) -> int:
+        """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread
+        calls this while the user's waits for it."""
+        if self._stepping:
+            return 0
+        with torch.no_grad():
+            self._batches.clear()
+            return self._store.spill(device, nbytes, self._trained(), self.state)

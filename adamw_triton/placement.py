@@ -91,12 +91,19 @@ def page_elements(state_format: Format, page_bytes: int) -> int:
 
 def ring_for(buffers: Iterable[tuple[Format, int]], page_bytes: int) -> Ring:
     """The ring for paged buffers, each of a format and a number of elements."""
-    stage_bytes = pages = 0
-    for state_format, numel in buffers:
-        elements = page_elements(state_format, page_bytes)
-        pages += -(-numel // elements)
-        stage_bytes = max(stage_bytes, staged_bytes(state_format, min(elements, numel)))
-    return Ring(stage_bytes, min(STAGES, pages))
+    buffers = list(buffers)
+    staged = (staged_bytes(f, min(page_elements(f, page_bytes), numel)) for f, numel in buffers)
+    return Ring(max(staged, default=0), min(STAGES, pages_of(buffers, page_bytes)))
+
+
+def largest_ring() -> int:
+    """Bytes of the ring where there is no need to save."""
+    return STAGES * PAGE_BYTES
+
+
+def pages_of(buffers: Iterable[tuple[Format, int]], page_bytes: int) -> int:
+    """How many pages paged buffers have, each of a format and a number of elements."""
+    return sum(-(-numel // page_elements(state_format, page_bytes)) for state_format, numel in buffers)
 
 
 def staged_bytes(state_format: Format, elements: int) -> int:

@@ -86,6 +86,14 @@ class Blockwise8:
 
 Format = Float32 | Blockwise8
 
+SMALLEST_8BIT = 4096
+"""Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
+
+
+def format_for(numel: int, bits: int, block_size: int = 128, amsgrad: bool = False) -> Format:
+    """Of a parameter with so many real elements."""
+    return Blockwise8(block_size) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad)
+
 
 @dataclass(eq=False)
 class Slot:

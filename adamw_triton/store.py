@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from adamw_triton.device import device_for
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory import require_host
 from adamw_triton.pager import Pager, Work
-from adamw_triton.placement import page_elements, place, ring_for
+from adamw_triton.placement import SMALLEST_BUDGET, largest_ring, page_elements, place, ring_for
 from adamw_triton.state import Format, Slot, StateBuffer, as_real, make_slots, nbytes
+
+_log = logging.getLogger("adamw_triton")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 """What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
@@ -32,18 +35,25 @@ class Wanted(NamedTuple):
     format: Format
 
 
-class Store:
-    """The state of one optimizer.
+class Policy(NamedTuple):
+    """Where state may live.
 
-    Args:
-        paged: whether state may live in host memory.
-        budget: bytes that it may then take on each GPU, staging included; None for staging alone.
-        transfer: one of ``transfer.TRANSFERS``.
+    ``paged``: also in host memory. Then ``budgets`` are the bytes that state and staging may take on a GPU,
+    ``budget`` those on a GPU that is not among them; None for staging alone. ``grain``: bytes that are
+    spilled at a time, at least; None if there will be no spilling.
     """
 
-    def __init__(self, *, paged: bool, budget: int | None, transfer: str) -> None:
-        self._paged = paged
-        self._budget = budget
+    paged: bool
+    budget: int | None = None
+    budgets: Mapping[torch.device, int | None] = {}
+    grain: int | None = None
+
+
+class Store:
+    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``."""
+
+    def __init__(self, policy: Policy, transfer: str) -> None:
+        self.policy = policy
         self._transfer = transfer
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
@@ -119,7 +129,8 @@ class Store:
         paged = [False] * len(wanted)
         for device, indices in of_device.items():
             sizes = [(wanted[index].format, as_real(wanted[index].param).numel()) for index in indices]
-            placement = place(sizes, self._paged, self._budget)
+            budget = self.policy.budgets.get(device, self.policy.budget)
+            placement = place(sizes, self.policy.paged, budget)
             self._page_bytes[device] = placement.page_bytes
             for index, is_paged in zip(indices, placement.paged, strict=True):
                 paged[index] = is_paged
@@ -148,7 +159,8 @@ class Store:
         return {
             id(slot.param): slot
             for (device, state_format, is_paged), members in homeless.items()
-            for slot in make_slots(state_format, members, device, paged=is_paged)
+            for some in _grains(members, state_format, self.policy.grain)
+            for slot in make_slots(state_format, some, device, paged=is_paged)
         }
 
     # Steps
@@ -175,6 +187,37 @@ class Store:
             pager.finish()
 
     # Between steps
+
+    def on_gpu(self, device: torch.device) -> int:
+        """Bytes of state and staging there."""
+        pager = self._pagers.get(device)
+        resident = sum(buffer.nbytes for buffer in self._resident(device))
+        return resident + (0 if pager is None else pager.staging_bytes)
+
+    def _resident(self, device: torch.device) -> list[StateBuffer]:
+        return [buffer for buffer in self.buffers if not buffer.on_host and buffer.device == device]
+
+    def spill(self, device: torch.device, nbytes: int, wanted: Sequence[Wanted], state: State) -> int:
+        """Page out resident state, until it and staging take so many bytes less of a GPU; how many bytes of
+        it went: none if the host has no room. Whole buffers go, the last first: to share one out anew it
+        would have to be there twice."""
+        resident = self._resident(device)
+        before = kept = sum(buffer.nbytes for buffer in resident)
+        allowed = self.on_gpu(device) - nbytes
+        while resident and kept + largest_ring() > allowed:
+            kept -= resident.pop().nbytes
+        if kept == before:
+            return 0
+        budget = min(kept + largest_ring(), max(allowed, SMALLEST_BUDGET))
+        policy = self.policy
+        self.policy = policy._replace(paged=True, budgets={**policy.budgets, device: budget})
+        try:
+            self.reserve(wanted, state)
+        except MemoryError as error:
+            _log.warning("state has to stay on %s: %s", device, error)
+            self.policy = policy
+            return 0
+        return before - sum(buffer.nbytes for buffer in self._resident(device))
 
     def offload(self, state: State) -> None:
         """Take resident state to the host, and hand back the staging buffers.
@@ -214,6 +257,21 @@ class Store:
             places["gpu" if on_gpu else "host"] += buffer.nbytes
             formats[buffer.format.name] += buffer.nbytes
         return {**places, **formats}
+
+
+def _grains(
+    members: Sequence[tuple[Tensor, str]], state_format: Format, grain: int | None
+) -> Iterator[Sequence[tuple[Tensor, str]]]:
+    """The members of each buffer: all in one, or so many that it takes little more than ``grain`` bytes."""
+    if grain is None:
+        yield members
+        return
+    start = size = 0
+    for index, (param, _) in enumerate(members):
+        size += nbytes(state_format, as_real(param).numel())
+        if size >= grain or index == len(members) - 1:
+            yield members[start : index + 1]
+            start, size = index + 1, 0
 
 
 def _by_device(work: Work) -> dict[torch.device, Work]:

@@ -33,11 +33,20 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"variant": "8bit", "block_size": 64}, ValueError, "block_size: 64.*128 or 256"),
     ({"variant": "8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
     ({"variant": "paged_8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
-    ({"variant": "8bit", "memory_budget": "4GiB"}, ValueError, "'4GiB' needs a paged variant.*'8bit'"),
-    ({"variant": "8bit", "transfer": "copy"}, ValueError, "transfer='copy' needs a paged variant"),
+    (
+        {"variant": "8bit", "memory_budget": "4GiB"},
+        ValueError,
+        "'4GiB' needs variant='auto' or a paged one.*'8bit'",
+    ),
+    (
+        {"variant": "8bit", "transfer": "copy"},
+        ValueError,
+        "transfer='copy' needs variant='auto' or a paged one",
+    ),
     ({"variant": "paged_8bit", "transfer": "dma"}, ValueError, "transfer: 'dma'.*'copy', 'zero_copy'"),
     ({"variant": "paged_8bit", "memory_budget": "lots"}, ValueError, "memory_budget: 'lots'.*'4GiB'"),
     ({"variant": "paged_8bit", "memory_budget": -1}, ValueError, "memory_budget: -1"),
+    ({"variant": "auto", "memory_budget": "10KiB"}, ValueError, "10.0 KiB is too small.*192.0 KiB"),
     ({"variant": "paged_8bit", "memory_budget": 1.5}, ValueError, "memory_budget: 1.5"),
     ({"variant": "paged_8bit", "memory_budget": "10KiB"}, ValueError, "10.0 KiB is too small.*192.0 KiB"),
 ]
