@@ -207,11 +207,15 @@ class Watch:
         self._allocator = allocator
         self._held, self._spill = held, spill
         self._owed = self._peak = self._beside = 0
+        self._seen: tuple[int, int] | None = None
         self._retries = self._note().retries
         allocator.on_out_of_memory(self._failed)
 
     def relieve(self) -> None:
         """Spill what keeps the next peak from fitting, if it is like the highest so far."""
+        seen, self._seen = self._seen, self._allocator.signs()
+        if self._seen == seen and not self._owed:
+            return
         now = self._note()
         short = self._beside + self._holds() + now.fragmented + now.slack - now.available
         if now.retries > self._retries:

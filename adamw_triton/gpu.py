@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -73,6 +73,9 @@ class Allocator(Protocol):
 
     def snapshot(self) -> Snapshot: ...
 
+    def signs(self) -> tuple[int, int]:
+        """The peak and the retries of a snapshot, without asking the driver: what is looked at in every step."""
+
     def on_out_of_memory(self, listener: Callable[[int], None]) -> None:
         """Have ``listener``, a method whose object is kept only weakly, told of every allocation that fails:
         how many bytes it was for. Its error is on its way to the user by then."""
@@ -89,22 +92,23 @@ class CudaAllocator:
     def snapshot(self) -> Snapshot:
         free, total = torch.cuda.mem_get_info(self._device)
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-
-        def of(name: str, kind: str) -> int:
-            return int(stats[name]["all"][kind]) if name in stats else 0
-
-        # The backend cudaMallocAsync counts no active bytes.
-        peak = max(of("active_bytes", "peak"), of("allocated_bytes", "peak"))
-        unused = max(0, of("reserved_bytes", "peak") - peak)
+        peak, retries = self.signs()
+        unused = max(0, _count(stats, "reserved_bytes", "peak") - peak)
         return Snapshot(
             free,
             total,
-            of("reserved_bytes", "current"),
+            _count(stats, "reserved_bytes", "current"),
             peak,
-            0 if _segments_expand() else min(unused, of("inactive_split_bytes", "peak")),
-            int(stats.get("num_alloc_retries", 0)),
+            0 if _segments_expand() else min(unused, _count(stats, "inactive_split_bytes", "peak")),
+            retries,
             self._shared,
         )
+
+    def signs(self) -> tuple[int, int]:
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        # The backend cudaMallocAsync counts no active bytes.
+        peak = max(_count(stats, name, "peak") for name in ("active_bytes", "allocated_bytes"))
+        return peak, int(stats.get("num_alloc_retries", 0))
 
     def on_out_of_memory(self, listener: Callable[[int], None]) -> None:
         _listeners.setdefault(self._device.index, []).append(weakref.WeakMethod(listener))
@@ -114,6 +118,10 @@ class CudaAllocator:
 def allocator_for(device: torch.device) -> Allocator | None:
     """None for the CPU."""
     return CudaAllocator(device) if device.type == "cuda" else None
+
+
+def _count(stats: Mapping[str, Any], name: str, kind: str) -> int:
+    return int(stats[name]["all"][kind]) if name in stats else 0
 
 
 def _segments_expand() -> bool:

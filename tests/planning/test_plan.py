@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +156,24 @@ def test_a_table_for_people() -> None:
     page = plan._repr_html_()
     assert page.count("<tr>") == 7
     assert page.count("font-weight: bold") == 6
+
+
+def test_the_readmes_plan_is_what_is_printed() -> None:
+    """Llama-3.2-3B in 16 bits, all of it trained, on a T4."""
+    shapes = [
+        (3072, 3072),
+        (1024, 3072),
+        (1024, 3072),
+        (3072, 3072),
+        (8192, 3072),
+        (8192, 3072),
+        (3072, 8192),
+    ]
+    shapes = [(128256, 3072), *(shapes + [(3072,), (3072,)]) * 28, (3072,)]
+    llama_3b = [Parameter(torch.empty(shape, dtype=torch.float16, device="meta")) for shape in shapes]
+    assert sum(param.numel() for param in llama_3b) == 3_212_749_824
+    plan = adamw_triton.plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    call = 'plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB"))\n'
+    shown = readme.partition(call)[2].partition("```")[0]
+    assert shown.rstrip("\n") == str(plan)

@@ -47,6 +47,9 @@ class SimulatedGpu:
             self.total - self.others - reserved, self.total, reserved, self.peak, 0, self.retries, self.shared
         )
 
+    def signs(self) -> tuple[int, int]:
+        return self.peak, self.retries
+
     def on_out_of_memory(self, listener: Callable[[int], None]) -> None:
         self.listeners.append(weakref.WeakMethod(listener))
 
