@@ -173,6 +173,8 @@ class Auto:
         if plan.chosen is None:
             return False
         self.plan = plan
+        for watch in self._watches.values():
+            watch.owed = 0  # the other choice is the answer
         _log.warning("auto: %s ran out of memory; %s is used", failed.name, plan.chosen.name)
         return True
 
@@ -206,7 +208,7 @@ class Watch:
         self._device = device
         self._allocator = allocator
         self._held, self._spill = held, spill
-        self._owed = self._peak = self._beside = 0
+        self.owed = self._peak = self._beside = 0
         self._seen: tuple[int, int] | None = None
         self._retries = self._note().retries
         allocator.on_out_of_memory(self._failed)
@@ -214,21 +216,21 @@ class Watch:
     def relieve(self) -> None:
         """Spill what keeps the next peak from fitting, if it is like the highest so far."""
         seen, self._seen = self._seen, self._allocator.signs()
-        if self._seen == seen and not self._owed:
+        if self._seen == seen and not self.owed:
             return
         now = self._note()
         short = self._beside + self._holds() + now.fragmented + now.slack - now.available
         if now.retries > self._retries:
             self._retries = now.retries
             short = max(short, now.slack)
-        short, self._owed = max(short, self._owed), 0
+        short, self.owed = max(short, self.owed), 0
         if short > 0:
             self._make_room(short, "training has come to need more memory")
 
     def _failed(self, allocation: int) -> None:
-        self._owed = max(self._owed, allocation + self._note().slack)
-        if self._make_room(self._owed, "an allocation failed"):
-            self._owed = 0
+        self.owed = max(self.owed, allocation + self._note().slack)
+        if self._make_room(self.owed, "an allocation failed"):
+            self.owed = 0
 
     def _note(self) -> gpu.Snapshot:
         """Look. If the peak has risen, it was beside what is held now: this is called before that changes."""

@@ -74,7 +74,7 @@ class Allocator(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     def signs(self) -> tuple[int, int]:
-        """The peak and the retries of a snapshot, without asking the driver: what is looked at in every step."""
+        """The peak and the retries of a snapshot, without asking the driver: looked at in every step."""
 
     def on_out_of_memory(self, listener: Callable[[int], None]) -> None:
         """Have ``listener``, a method whose object is kept only weakly, told of every allocation that fails:

@@ -146,12 +146,10 @@ class AdamW(torch.optim.Optimizer):
         if found_inf is not None and float(found_inf) != 0:
             return loss
         self._whole.check()
+        self._chooser.watch()
         items = self._gather()
-        self._stepping = True
-        try:
+        with self._store.hold():
             self._update(items)
-        finally:
-            self._stepping = False
         return loss
 
     def _update(self, items: list[Item]) -> None:
@@ -237,7 +235,6 @@ class AdamW(torch.optim.Optimizer):
         policy = self._store.policy if hasattr(self, "_store") else self._chooser.policy
         self._store = Store(policy, self.transfer)
         self._chooser.attach(self._held, self._spill)
-        self._stepping = False
         self._formats_key: list[tuple[Any, Any]] = []
         self._batches: dict[tuple[Any, ...], Batch] = {}
         self._whole = WholeSteps()
@@ -246,7 +243,6 @@ class AdamW(torch.optim.Optimizer):
 
     def _gather(self) -> list[Item]:
         """All parameters that have gradients, checked, each with its slot."""
-        self._chooser.watch()
         found: list[tuple[int, int, Tensor, Tensor]] = []
         slots = self._store.slots
         ready = self._intact()
@@ -328,8 +324,6 @@ class AdamW(torch.optim.Optimizer):
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread
         calls this while the user's waits for it."""
-        if self._stepping:
-            return 0
         with torch.no_grad():
             self._batches.clear()
             return self._store.spill(device, nbytes, self._trained(), self.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import operator
@@ -60,6 +61,7 @@ class Store:
         self._page_bytes: dict[torch.device, int] = {}
         self._pagers: dict[torch.device, Pager] = {}
         self._shown: list[Tensor] | None = None
+        self._held = False
 
     @property
     def buffers(self) -> list[StateBuffer]:
@@ -96,19 +98,20 @@ class Store:
                     f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
                 )
         self.finish()
-        paged = self._place(wanted)
-        made = self._make_slots(wanted, paged)
-        self._shown = None  # from here to the end, an interrupted call is begun again
-        self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
-        for param, _, _ in wanted:
-            slot = self.slots[id(param)]
-            shown = state.get(param)
-            if shown and not slot.is_shown_by(shown):
-                checkpoint.place(shown, slot)
-                state[param] = slot.attach()
-            elif not shown and slot.entry:  # someone deleted it: begin anew
-                slot.clear()
-        self._remember(state)
+        with self.hold():
+            paged = self._place(wanted)
+            made = self._make_slots(wanted, paged)
+            self._shown = None  # from here to the end, an interrupted call is begun again
+            self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
+            for param, _, _ in wanted:
+                slot = self.slots[id(param)]
+                shown = state.get(param)
+                if shown and not slot.is_shown_by(shown):
+                    checkpoint.place(shown, slot)
+                    state[param] = slot.attach()
+                elif not shown and slot.entry:  # someone deleted it: begin anew
+                    slot.clear()
+            self._remember(state)
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""
@@ -199,8 +202,10 @@ class Store:
 
     def spill(self, device: torch.device, nbytes: int, wanted: Sequence[Wanted], state: State) -> int:
         """Page out resident state, until it and staging take so many bytes less of a GPU; how many bytes of
-        it went: none if the host has no room. Whole buffers go, the last first: to share one out anew it
-        would have to be there twice."""
+        it went: none if the host has no room, or while state is held. Whole buffers go, the last first: to
+        share one out anew it would have to be there twice."""
+        if self._held:
+            return 0
         resident = self._resident(device)
         before = kept = sum(buffer.nbytes for buffer in resident)
         allowed = self.on_gpu(device) - nbytes
@@ -237,8 +242,17 @@ class Store:
         if away:
             self._move(away, state, to_host=False)
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have nothing spilled meanwhile: an allocation that fails in here finds state in use."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
     def _move(self, buffers: Sequence[StateBuffer], state: State, *, to_host: bool) -> None:
-        with DeferredInterrupt():
+        with self.hold(), DeferredInterrupt():
             try:
                 for buffer in buffers:
                     buffer.move(to_host=to_host)

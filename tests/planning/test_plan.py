@@ -169,7 +169,7 @@ def test_the_readmes_plan_is_what_is_printed() -> None:
         (8192, 3072),
         (3072, 8192),
     ]
-    shapes = [(128256, 3072), *(shapes + [(3072,), (3072,)]) * 28, (3072,)]
+    shapes = [(128256, 3072), *([*shapes, (3072,), (3072,)]) * 28, (3072,)]
     llama_3b = [Parameter(torch.empty(shape, dtype=torch.float16, device="meta")) for shape in shapes]
     assert sum(param.numel() for param in llama_3b) == 3_212_749_824
     plan = adamw_triton.plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB")

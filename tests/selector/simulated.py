@@ -34,12 +34,16 @@ class SimulatedGpu:
         """And backward."""
         need = self.training + self.state + activations
         if need + self.others > self.total:
-            for listener in self.listeners:
-                told = listener()
-                if told is not None:
-                    told(activations)
+            self.tell(activations)
             raise torch.OutOfMemoryError(f"{need + self.others - self.total} bytes too many")
         self.peak = max(self.peak, need)
+
+    def tell(self, size: int) -> None:
+        """That an allocation failed."""
+        for listener in self.listeners:
+            told = listener()
+            if told is not None:
+                told(size)
 
     def snapshot(self) -> gpu.Snapshot:
         reserved = max(self.peak, self.training + self.state)

@@ -208,10 +208,7 @@ def test_running_out_of_memory_within_a_step_moves_state_at_the_next(monkeypatch
     real = optimizer._store.prepare
 
     def failing(work: Any) -> None:
-        for listener in simulated.listeners:
-            told = listener()
-            assert told is not None
-            told(2 * MiB)
+        simulated.tell(2 * MiB)
         assert simulated.state == before
         raise torch.OutOfMemoryError("no room for a copy")
 
@@ -234,6 +231,7 @@ def test_a_choice_that_runs_out_of_memory_is_followed_by_the_next(
 
     def allocate(self: StateBuffer) -> dict[str, torch.Tensor]:
         if self.format.name == "32bit" and self.numel > 10_000 and not self.on_host:
+            simulated.tell(self.nbytes)
             raise torch.OutOfMemoryError
         return real(self)
 
