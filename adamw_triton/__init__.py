@@ -1,6 +1,25 @@
 """AdamW with 32-bit or blockwise 8-bit state, in Triton kernels."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from adamw_triton._version import __version__
-from adamw_triton.optimizer import AdamW
+
+if TYPE_CHECKING:
+    from adamw_triton.optimizer import AdamW
 
 __all__ = ["AdamW", "__version__"]
+
+# Imported when asked for: the command line shows its help without torch.
+_HOMES = {"AdamW": "adamw_triton.optimizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
