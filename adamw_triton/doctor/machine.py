@@ -89,7 +89,7 @@ class Machine:
     def gpu(self) -> Gpu | None:
         if not torch.cuda.is_available():
             return None
-        properties = torch.cuda.get_device_properties()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info()
         return Gpu(
             name=properties.name,
@@ -107,7 +107,7 @@ class Machine:
             return None
         try:
             pynvml.nvmlInit()
-            uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+            uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             running = [
                 *pynvml.nvmlDeviceGetComputeRunningProcesses(handle),
@@ -146,7 +146,7 @@ class Machine:
         logger = logging.getLogger("adamw_triton")
         logger.addHandler(handler)
         try:
-            pinned = host_bytes(TRIAL_BYTES, torch.device("cuda"))
+            pinned = host_bytes(self._trial_bytes(), torch.device("cuda"))
         finally:
             logger.removeHandler(handler)
         if messages:
@@ -155,12 +155,19 @@ class Machine:
 
     def link(self) -> Link:
         device = torch.device("cuda")
-        hosts = [host_bytes(TRIAL_BYTES, device) for _ in range(2)]
-        gpus = [torch.empty(TRIAL_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+        size = self._trial_bytes()
+        hosts = [host_bytes(size, device) for _ in range(2)]
+        gpus = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         return measure(device_for(device), hosts, gpus)
 
     def host(self) -> Limit | None:
         return host_limit()
+
+    def _trial_bytes(self) -> int:
+        """Less than there is: what little a crowded machine has is not taken away."""
+        limit = self.host()
+        free = [torch.cuda.mem_get_info()[0], *([] if limit is None else [limit.available])]
+        return max(1 << 20, min(TRIAL_BYTES, min(free) // 8))
 
 
 def _version(*names: str) -> str:

@@ -9,6 +9,7 @@ format forbids, is an error. The tests hold the two readers against each other.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from adamw_triton.model_files.weights import (
     check_regular,
     parse_json,
     read_json,
-    refuse_duplicates,
 )
 
 BITS = {
@@ -36,6 +36,7 @@ BITS = {
 }
 LARGEST = 1 << 63
 """Elements, bytes: nothing that exists has as many."""
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 class _Entry(NamedTuple):
@@ -77,12 +78,13 @@ def read_shards(index: Path) -> list[Weight]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ModelFileError(f"{index} has no weight_map")
-    weights = []
-    for name in dict.fromkeys(table.values()) if _are_names(table.values()) else [None]:
-        if name is None or Path(name).name != name:
-            raise ModelFileError(f"{index} lists something that is not the name of a file beside it: {name!r}")
+    for name in table.values():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise ModelFileError(f"{index} lists what is not a safetensors file beside it: {_short(name)}")
         if not (index.parent / name).exists():
             raise ModelFileError(f"{index} lists {name!r}, which is not there: is the download complete?")
+    weights = []
+    for name in dict.fromkeys(table.values()):
         weights += [weight for weight in read_header(index.parent / name) if table.get(weight.name) == name]
     missing = table.keys() - {weight.name for weight in weights}
     if missing:
@@ -90,13 +92,11 @@ def read_shards(index: Path) -> list[Weight]:
     return weights
 
 
-def _are_names(values: object) -> bool:
-    return all(isinstance(value, str) for value in values)  # type: ignore[attr-defined]
-
-
 def _check(path: Path, text: bytes, data_bytes: int) -> list[Weight]:
-    header = parse_json(text, f"the header of {path}", refuse_duplicates)
-    header.pop("__metadata__", None)
+    header = parse_json(text, f"the header of {path}")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, Mapping) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ModelFileError(f"the header of {path} is wrong: its __metadata__ is not text by name")
     entries = sorted((_entry(path, *item) for item in header.items()), key=lambda entry: entry[1:])
     end, before = 0, "the header"
     for entry in entries:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ class Weight(NamedTuple):
         return math.prod(self.shape)
 
 
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An ``object_pairs_hook``: JSON leaves open which of two equal keys counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -39,13 +38,19 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(data: bytes, what: str, hook: Callable[[list[tuple[str, Any]]], Any]) -> dict[str, Any]:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it has {name}, which is no JSON")
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``data``; ``what`` names it in errors."""
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=hook)
+        found = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
     except RecursionError:
         raise ModelFileError(f"{what} is not valid JSON: it nests too deeply") from None
-    except ValueError as error:  # of json, of the hook, of UTF-8, of numbers with thousands of digits
+    except ValueError as error:  # of json, of the hooks, of UTF-8, of numbers with thousands of digits
         raise ModelFileError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelFileError(f"{what} is not a JSON object but {type(found).__name__}")
@@ -62,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise cannot_read(path, error) from None
     if len(data) > JSON_LIMIT:
         raise ModelFileError(f"{path} is larger than the {JSON_LIMIT:,} bytes that are read of such files")
-    return parse_json(data, str(path), refuse_duplicates)
+    return parse_json(data, str(path))
 
 
 def check_regular(path: Path) -> None:
