@@ -6,16 +6,18 @@ Large Transformer Models" (arXiv 2205.05198, section 4), whose 34 bytes are GPT-
 ``s`` bytes an element, ``h`` the hidden size, ``f`` the width of the feed-forward, ``q`` and ``k`` those of
 queries and keys, ``V`` the vocabulary:
 
-- a layer keeps ``(8 + 4s) h``: what two norms made of their input, in fp32 and in the model's dtype; ``2s q``:
-  queries and the attention's output; ``2s k``: keys and values; ``4s f``: gate, its activation, up, their product
+- a layer keeps ``(8 + 4s) h``: what two norms made of their input, in fp32 and in the model's dtype;
+  ``2s q``: queries and the attention's output; ``2s k``: keys and values; ``4s f``: gate, its activation, up,
+  their product
 - checkpointing keeps ``s h`` of a layer instead, and makes one layer at a time anew
 - gradients inside the layer that is in backward: ``2s (f + h)``
-- the loss, before any layer is in backward: ``12 V`` of logits in several forms, ``(4 + 2s) h`` of the last norm
+- the loss, before any layer is in backward: ``12 V`` of logits in several forms, ``(4 + 2s) h`` of the last
+  norm
 - LoRA keeps an fp32 copy of what goes into each adapted projection
 - a 4-bit base is made anew in the model's dtype one projection at a time
 
-tests/activations measures it on real models, but for the last two: within 5%. On a GPU, kernels' workspaces and the
-allocator's rounding come on top.
+tests/activations measures it on real models, but for the last two: within 5%. On a GPU, kernels' workspaces
+and the allocator's rounding come on top.
 """
 
 from __future__ import annotations

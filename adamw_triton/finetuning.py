@@ -26,7 +26,7 @@ NF4_BLOCK = 64
 
 # PEFT's targets="all-linear", too, leaves out what embeds tokens and what scores them.
 _NOT_LINEAR = re.compile(
-    r"(^|\.)(lm_head|embed_out|output|score|shared|wte|wpe|\w*embed\w*)(\.\w+)?\.weight$", re.IGNORECASE
+    r"(^|\.)(lm_head|embed_out|output|score|shared|wte|wpe|\w*embed\w*)\.weight$", re.IGNORECASE
 )
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 

@@ -48,7 +48,9 @@ def show(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
         print(textwrap.fill(finding.text, width, initial_indent=head, subsequent_indent=" " * len(head)))
         if finding.advice:
             arrow = f"{'':<18}-> "
-            print(textwrap.fill(finding.advice, width, initial_indent=arrow, subsequent_indent=" " * len(arrow)))
+            print(
+                textwrap.fill(finding.advice, width, initial_indent=arrow, subsequent_indent=" " * len(arrow))
+            )
         shown.append(finding)
     return shown
 

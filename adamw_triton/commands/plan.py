@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from adamw_triton.finetuning import Run
 
 NOTHING_FITS = 1
+DTYPES = ("fp32", "bf16", "fp16")
+TARGETS = ("attention", "all-linear")
 SMALLEST_GPU = 64 << 20
 LARGEST_RANK = 1 << 16
 LARGEST_BATCH = 1 << 24
@@ -49,15 +51,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_option("model", nargs="?", help="folder, safetensors file or config.json; no weights are loaded")
     add_option("--params", metavar="N", help="number of parameters instead: 7e9, 7B, 350M")
     add_option("--gpu", help="a card like T4 or its memory like 24GiB (default: the GPU that is here)")
-    add_option("--host-memory", metavar="SIZE", help="for paged state, like 32GiB (default: what is free here)")
-    add_option("--dtype", help="to hold weights in: fp32, bf16, fp16 (default: as they are stored)")
+    add_option(
+        "--host-memory", metavar="SIZE", help="for paged state, like 32GiB (default: what is free here)"
+    )
+    add_option("--dtype", help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)")
     add_option("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of all weights")
-    add_option("--lora-targets", metavar="WHICH", default="attention", help="attention (default) or all-linear")
-    add_option("--quantized-base", type=int, metavar="BITS", help="hold the frozen projections in 4 bits (NF4)")
+    add_option(
+        "--lora-targets", metavar="WHICH", default=TARGETS[0], help="attention (default) or all-linear"
+    )
+    add_option(
+        "--quantized-base", type=int, metavar="BITS", help="hold the frozen projections in 4 bits (NF4)"
+    )
     add_option("--batch", type=int, default=1, help="sequences at a time (default: %(default)s)")
     add_option("--seq", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
-    add_option("--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)")
+    add_option(
+        "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
+    )
     add_option("--prefer", default="speed", help="speed (default), or exact: keep 32-bit state, page instead")
     add_option("--json", action="store_true", help="for programs")
 
@@ -106,8 +116,8 @@ def check(arguments: argparse.Namespace) -> Question:
         if value is not None and not 1 <= value <= largest:
             raise ValueError(f"{name} must be 1 to {largest:,}, not {value}")
     for name, value, allowed in (
-        ("--dtype", arguments.dtype, (None, "fp32", "bf16", "fp16")),
-        ("--lora-targets", arguments.lora_targets, ("attention", "all-linear")),
+        ("--dtype", arguments.dtype, (None, *DTYPES)),
+        ("--lora-targets", arguments.lora_targets, TARGETS),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--prefer", arguments.prefer, ("speed", "exact")),
     ):
@@ -115,7 +125,9 @@ def check(arguments: argparse.Namespace) -> Question:
             names = " or ".join(str(choice) for choice in allowed if choice is not None)
             raise ValueError(f"{name} must be {names}, not {value!r}")
     if arguments.quantized_base is not None and arguments.lora is None:
-        raise ValueError("--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves")
+        raise ValueError(
+            "--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves"
+        )
     if (arguments.model is None) == (arguments.params is None):
         raise ValueError("name a model's folder or file, or its size as --params; one of them")
     return Question(
@@ -168,7 +180,9 @@ def find_model(arguments: argparse.Namespace) -> Model:
     count = parse_count(arguments.params)
     model = sketch(count)
     if arguments.lora is not None and model.dimensions is None:
-        raise ValueError(f"--lora needs the shapes of a model of {count:,} parameters: name its folder or file")
+        raise ValueError(
+            f"--lora needs the shapes of a model of {count:,} parameters: name its folder or file"
+        )
     return model
 
 
@@ -217,9 +231,7 @@ def ask(tensors: Sequence[Tensor], question: Question, activations: int | None, 
 
     if question.gpu is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
-    return adamw_triton.plan(
-        tensors, question.gpu, question.host, activations=activations, prefer=prefer
-    )
+    return adamw_triton.plan(tensors, question.gpu, question.host, activations=activations, prefer=prefer)
 
 
 def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
@@ -232,7 +244,8 @@ def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
         return f"{total:,} parameters in {dtype}, all trained"
     trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
     base = f"{dtype}, projections in 4 bits" if run.quantized else dtype
-    return f"{total:,} frozen parameters in {base}; {trained:,} trained in float32, LoRA of rank {run.rank} on {run.targets}"
+    lora = f"LoRA of rank {run.rank} on {run.targets}"
+    return f"{total:,} frozen parameters in {base}; {trained:,} trained in float32, {lora}"
 
 
 def as_dict(

@@ -64,7 +64,9 @@ def torch_build(machine: Probes) -> Finding:
 
 def driver(machine: Probes) -> Finding:
     if machine.driver is None and machine.gpu is None:
-        return Finding(WARNING, "none found", "in a container: start it with --gpus all, or --device /dev/kfd for AMD")
+        return Finding(
+            WARNING, "none found", "in a container: start it with --gpus all, or --device /dev/kfd for AMD"
+        )
     return Finding(OK, machine.driver or "not told")
 
 
@@ -75,7 +77,7 @@ def gpu(machine: Probes) -> Finding:
             return Finding(
                 PROBLEM,
                 "torch reaches none, though a driver is here",
-                "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is new enough for torch's CUDA",
+                "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is too old for this torch",
             )
         return Finding(WARNING, "none: AdamW works on CPU tensors, in plain torch")
     text = f"{found.name}, {format_bytes(found.total)}, capability {'.'.join(map(str, found.capability))}"
@@ -113,7 +115,9 @@ def paging(machine: Probes) -> Finding:
     refusal = machine.trial(["paged_32bit", "paged_8bit"])
     if refusal is None:
         return Finding(OK, "paged steps run, as plain torch does")
-    return Finding(PROBLEM, refusal, "see the lines on kernels and pinned memory; else report it with this output")
+    return Finding(
+        PROBLEM, refusal, "see the lines on kernels and pinned memory; else report it with this output"
+    )
 
 
 def free_memory(machine: Probes) -> Finding:
@@ -128,7 +132,9 @@ def free_memory(machine: Probes) -> Finding:
         text += f"; others here: {', '.join(shown)}"
     if machine.wsl or machine.gpu.integrated:
         what = "WSL lends host memory to the GPU" if machine.wsl else "the GPU has no memory of its own"
-        return Finding(WARNING, f"{text}; but {what}: this figure lies", "say what may be used: memory_budget=")
+        return Finding(
+            WARNING, f"{text}; but {what}: this figure lies", "say what may be used: memory_budget="
+        )
     if free < (1 - CROWDED) * total:
         return Finding(WARNING, text, "end what you do not need; variant='auto' plans with what is free")
     return Finding(OK, text)
@@ -157,8 +163,8 @@ def link(machine: Probes) -> Finding:
         return Finding(
             WARNING,
             text + expected,
-            "is the card in a slot of 16 lanes, is the memory pinned, is another program copying? 8-bit state "
-            "moves a quarter of the bytes",
+            "is the card in a slot of 16 lanes, is the memory pinned, is another program copying? 8-bit "
+            "state moves a quarter of the bytes",
         )
     return Finding(OK, text)
 

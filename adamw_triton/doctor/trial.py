@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from adamw_triton_kernels.ahead import compile_ahead
 
 from adamw_triton.arguments import VARIANTS
 from adamw_triton.optimizer import AdamW
+from adamw_triton_kernels.ahead import compile_ahead
 
 STEPS = 2
 ELEMENTS = 10_000

@@ -52,7 +52,9 @@ def size(config: Mapping[str, Any], key: str) -> int | None:
         return None
     if type(value) is not int or not 1 <= value <= LIMITS[key]:
         shown = f"{value!r:.60}"
-        raise ModelFileError(f"config.json says {key}={shown}: it must be a whole number, 1 to {LIMITS[key]:,}")
+        raise ModelFileError(
+            f"config.json says {key}={shown}: it must be a whole number, 1 to {LIMITS[key]:,}"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from adamw_triton.model_files.weights import (
     JSON_LIMIT,
@@ -134,7 +134,7 @@ def _entry(path: Path, name: str, info: object) -> _Entry:
     return _Entry(Weight(name, tuple(shape), dtype), begin, end)
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, Sequence) and all(type(size) is int and 0 <= size < LARGEST for size in value)
 
 

@@ -38,7 +38,8 @@ def _read(path: Path) -> Model:
         return _folder(path)
     if not path.exists():
         raise ModelFileError(
-            f"there is no file or folder {str(path)!r}; a model of the Hugging Face Hub must be downloaded first"
+            f"there is no file or folder {str(path)!r}; a model of the Hugging Face Hub must be downloaded "
+            "first"
         )
     if path.name.endswith(".json"):
         return _from_config(path.resolve().parent.name, read_json(path))
@@ -75,7 +76,9 @@ def _read_weights(folder: Path) -> list[Weight] | None:
         return None
     weights = [weight for file in main or files for weight in read_header(file)]
     if len({weight.name for weight in weights}) < len(weights):
-        raise ModelFileError(f"{folder} has several safetensors files with the same tensors: name one of them")
+        raise ModelFileError(
+            f"{folder} has several safetensors files with the same tensors: name one of them"
+        )
     return weights
 
 

@@ -65,5 +65,5 @@ def test_the_smallest_file_means_what_transformers_takes_it_for(name: str) -> No
 
 
 def test_other_families_are_refused_by_name() -> None:
-    with pytest.raises(ModelFileError, match="model_type 'mamba' cannot be told from config.json alone"):
+    with pytest.raises(ModelFileError, match=r"model_type 'mamba' cannot be told from config\.json alone"):
         weights_of({"model_type": "mamba", **SMALL}, "BF16")

@@ -160,8 +160,7 @@ def by_library(path: Path) -> list[Weight] | None:
 def by_us(path: Path) -> list[Weight] | None:
     try:
         return read_header(path)
-    except ModelFileError as error:
-        assert len(str(error).splitlines()) == 1
+    except ModelFileError:
         return None
 
 
@@ -187,7 +186,9 @@ def test_the_library_refuses_the_same_headers(
         assert sorted(ours) == sorted(theirs)
 
 
-@given(st.dictionaries(names, st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(BITS)))))
+@given(
+    st.dictionaries(names, st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(BITS))))
+)
 def test_the_library_accepts_the_same_headers(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[list[int], str]]
 ) -> None:

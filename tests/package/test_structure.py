@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"commands"},
+    {"demo", "doctor"},
     {"__init__"},
     {"optimizer"},
     {"batch", "store"},
@@ -23,9 +24,12 @@ ROOMS = [
     {"placement", "device"},
     {"state"},
     {"pinned", "interrupts"},
-    {"memory", "_version"},
+    {"finetuning", "activations"},
+    {"model_files"},
+    {"memory", "cards", "_version"},
 ]
 KERNEL_ROOMS = [
+    {"ahead"},
     {"adamw_32bit", "adamw_8bit"},
     {"launch", "blockwise", "update_rule"},
     {"rounding"},
