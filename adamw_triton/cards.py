@@ -45,6 +45,7 @@ def _card(name: str, gib: float, gb_per_s: int, link: int, memory_from: str, ban
 GUESS = "estimated"
 CARDS = (
     _card("T4", 14.56, 250, PCIE3, "CatVTON#133", GUESS),
+    _card("P100", 15.9, 640, PCIE3, GUESS, GUESS),
     _card("V100-16GB", 15.75, 790, PCIE3, GUESS, GUESS),
     _card("V100-32GB", 31.74, 790, PCIE3, "ChatGLM-Finetuning#73", GUESS),
     _card("RTX 2080 Ti", 10.75, 550, PCIE3, GUESS, GUESS),
