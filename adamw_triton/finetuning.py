@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adamw_triton.activations import Trained
 from adamw_triton.model_files import ModelFileError, Weight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +29,7 @@ NF4_BLOCK = 64
 _NOT_LINEAR = re.compile(
     r"(^|\.)(lm_head|embed_out|output|score|shared|wte|wpe|\w*embed\w*)\.weight$", re.IGNORECASE
 )
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 
 TARGETS = ("attention", "all-linear")
@@ -98,6 +100,19 @@ def dtype_of(weights: Sequence[Weight], run: Run) -> torch.dtype:
         if weight.dtype in sizes:
             sizes[weight.dtype] += weight.numel
     return _STORED[max(sizes, key=lambda name: sizes[name])]
+
+
+def workload(weights: Sequence[Weight], run: Run) -> Trained:
+    """What the estimate of activations has to know."""
+    dtype = dtype_of(weights, run)
+    floating = [weight for weight in weights if _FLOATING.match(weight.dtype)]
+    return Trained(
+        itemsize=dtype.itemsize,
+        gradients=0 if run.rank is not None else sum(w.numel for w in floating) * dtype.itemsize,
+        tied=not any(_HEAD.search(weight.name) for weight in weights),
+        adapted_inputs=sum(weight.shape[1] for weight in adapted(weights, run)),
+        largest_quantized=run.quantized * max(weight.numel * is_linear(weight) for weight in weights),
+    )
 
 
 def is_linear(weight: Weight) -> bool:

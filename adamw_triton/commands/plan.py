@@ -64,6 +64,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_option("--batch", type=int, default=1, help="sequences at a time (default: %(default)s)")
     add_option("--seq", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
+    add_option(
+        "--accumulation", type=int, default=1, metavar="BATCHES", help="before a step (default: %(default)s)"
+    )
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
         "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
@@ -89,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> int:
         from adamw_triton import finetuning
 
         tensors = finetuning.tensors(model.weights, run)
-        activations, origin = count_activations(arguments, model, run, question)
+        activations, origin = count_activations(arguments, model, run, question.activations)
         found = ask(tensors, question, activations, arguments.prefer)
     except ValueError as error:
         return fail("plan", str(error))
@@ -111,6 +114,7 @@ def check(arguments: argparse.Namespace) -> Question:
     for name, value, largest in (
         ("--batch", arguments.batch, LARGEST_BATCH),
         ("--seq", arguments.seq, LARGEST_BATCH),
+        ("--accumulation", arguments.accumulation, LARGEST_BATCH),
         ("--lora", arguments.lora, LARGEST_RANK),
     ):
         if value is not None and not 1 <= value <= largest:
@@ -198,28 +202,21 @@ def how_trained(arguments: argparse.Namespace) -> Run:
 
 
 def count_activations(
-    arguments: argparse.Namespace, model: Model, run: Run, question: Question
+    arguments: argparse.Namespace, model: Model, run: Run, given: int | None
 ) -> tuple[int | None, str]:
     """Bytes, None if nothing can be said of them; and where the figure is from."""
     from adamw_triton.activations import Batch, estimate
-    from adamw_triton.finetuning import adapted, dtype_of, is_linear
+    from adamw_triton.finetuning import workload
 
-    if question.activations is not None:
-        return question.activations, f"{format_bytes(question.activations)}, as given"
+    if given is not None:
+        return given, f"{format_bytes(given)}, as given"
     if model.dimensions is None:
         return None, "not counted: nothing tells the model's dimensions; give --activations"
-    batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing)
-    count = estimate(
-        model.dimensions,
-        batch,
-        dtype_of(model.weights, run).itemsize,
-        adapted_inputs=sum(weight.shape[1] for weight in adapted(model.weights, run)),
-        largest_quantized=run.quantized * max(weight.numel * is_linear(weight) for weight in model.weights),
-    )
-    checkpointing = "with" if batch.checkpointing else "without"
+    batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1)
+    count = estimate(model.dimensions, batch, workload(model.weights, run))
     return count, (
         f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
-        f"{checkpointing} gradient checkpointing"
+        f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"
     )
 
 

@@ -104,7 +104,7 @@ def kernels(machine: Probes) -> Finding:
         return Finding(
             WARNING,
             f"Triton {machine.triton_version}: {where}; but TRITON_INTERPRET=1 is set",
-            "unset it: kernels are interpreted, thousands of times slower",
+            "unset it: it is for debugging kernels on a CPU",
         )
     return Finding(OK, f"Triton {machine.triton_version}: {where}")
 

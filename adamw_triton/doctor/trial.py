@@ -21,6 +21,8 @@ STEPS = 2
 ELEMENTS = 10_000
 TOLERANCE = 1e-5
 """Of weights near 1 after steps of 0.01: the two only round differently."""
+RARE = 1e-3
+"""Share of weights whose 8-bit code may have been rounded the other way, and the second step with it."""
 
 
 def main(variants: Sequence[str]) -> None:
@@ -34,9 +36,9 @@ def main(variants: Sequence[str]) -> None:
 def compare(variant: str) -> None:
     """Raise ArithmeticError unless GPU and CPU take the same steps."""
     on_gpu, on_cpu = (trained(variant, device) for device in ("cuda", "cpu"))
-    distance = float((on_gpu - on_cpu).abs().max())
-    if not distance < TOLERANCE:
-        raise ArithmeticError(f"{variant}: steps on the GPU differ from the CPU's by {distance:.2g}")
+    wrong = ~((on_gpu - on_cpu).abs() < TOLERANCE)  # NaN is wrong too
+    if wrong.float().mean() > RARE:
+        raise ArithmeticError(f"{variant}: {int(wrong.sum())} of {ELEMENTS} weights differ from the CPU's")
 
 
 def trained(variant: str, device: str) -> torch.Tensor:

@@ -97,14 +97,14 @@ def test_activations_follow_the_batch(asked: Asked) -> None:
         assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 {options}") == 0
         taken.append(asked.more["activations"])
     assert taken == sorted(taken)
-    assert 1.9 < taken[1] / taken[0] < 2.1
     assert taken[3] > 5 * taken[2]
-    assert 1 * GIB < taken[0] < 3 * GIB
-    plain = taken[0]
+    assert 0.1 * GIB < taken[0] < 1 * GIB
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --accumulation 4") == 0
+    assert taken[0] + GIB < asked.more["activations"] < 3 * GIB, "the logits find no gradients' room"
     assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 16 --lora-targets all-linear") == 0
     adapted = asked.more["activations"]
     assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 16 --lora-targets all-linear --quantized-base 4") == 0
-    assert asked.more["activations"] == adapted + 2 * 4096 * 11008 > plain
+    assert asked.more["activations"] == adapted + 2 * 4096 * 11008
 
 
 def test_a_file_of_weights_alone_says_nothing_of_activations(
@@ -192,6 +192,7 @@ REFUSED = {
     "--params 7e9 --gpu T4 --activations 1e9GiB": "Invalid --activations: '1e9GiB'",
     "--params 7e9 --gpu T4 --lora 0": "--lora must be 1 to 65,536, not 0",
     "--params 7e9 --gpu T4 --lora=-8": "--lora must be 1 to 65,536, not -8",
+    "--params 7e9 --gpu T4 --accumulation 0": "--accumulation must be 1 to",
     "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
     "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
     "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",

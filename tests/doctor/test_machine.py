@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,33 +51,42 @@ def test_however_a_trial_ends(code: str, told: str, monkeypatch: pytest.MonkeyPa
     assert Machine().trial(["8bit"]) == told
 
 
-class Elsewhere:
-    """Makes `trial.trained` give another result on the GPU."""
-
-    def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
-        self.spoil = spoil
-
-    def __call__(self, variant: str, device: str) -> Tensor:
-        found = REAL_TRAINED(variant, "cpu")
-        return self.spoil(found) if device == "cuda" else found
+VARIANTS = ["32bit", "8bit", "paged_32bit", "paged_8bit"]
 
 
-REAL_TRAINED = trial.trained
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the GPU is to have computed is put in here; the CPU's part is real."""
+    put: list[Tensor] = []
+    real = trial.trained
+    monkeypatch.setattr(
+        trial, "trained", lambda name, device: put[0] if device == "cuda" else real(name, "cpu")
+    )
+    return put
 
 
-@pytest.mark.parametrize("variant", ["32bit", "8bit", "paged_32bit", "paged_8bit"])
-def test_a_trial_sees_a_wrong_step(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundredth of a step of one element, or NaN, is seen; the rounding of a multiply-add is not."""
-
-    def one_wrong(weights: Tensor) -> Tensor:
-        return weights.index_add(0, torch.tensor([77]), torch.tensor([1e-4]))
-
-    monkeypatch.setattr(trial, "trained", Elsewhere(lambda weights: weights * (1 + 2**-23)))
+@without_gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trial_is_content_with_the_real_kernels(
+    variant: str, on_gpu: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    on_gpu.append(trial.trained(variant, "cpu"))
+    monkeypatch.delenv("TRITON_INTERPRET")
     trial.compare(variant)
-    for spoil in (one_wrong, lambda weights: weights * torch.nan):
-        monkeypatch.setattr(trial, "trained", Elsewhere(spoil))
-        with pytest.raises(ArithmeticError, match=f"{variant}: steps on the GPU differ from the CPU's by"):
-            trial.compare(variant)
+    assert not on_gpu[0].equal(trial.trained(variant, "cpu")), "then this was plain torch"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("wrong", [1e-4, torch.nan])
+def test_a_trial_sees_a_block_of_wrong_weights(variant: str, wrong: float, on_gpu: list[Tensor]) -> None:
+    """A hundredth of a step is enough."""
+    weights = trial.trained(variant, "cpu")
+    weights[640:768] += wrong
+    on_gpu.append(weights)
+    with pytest.raises(ArithmeticError, match=f"^{variant}: 128 of 10000 weights differ from the CPU's$"):
+        trial.compare(variant)
 
 
 def test_a_trial_trains() -> None:

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.finetuning import DTYPES, TARGETS, Run, adapted, dtype_of, is_linear, nf4_bytes, tensors
+from adamw_triton.activations import Trained
+from adamw_triton.finetuning import (
+    DTYPES,
+    TARGETS,
+    Run,
+    adapted,
+    dtype_of,
+    is_linear,
+    nf4_bytes,
+    tensors,
+    workload,
+)
 from adamw_triton.model_files import ModelFileError, Weight, read_model
 
 CONFIGS = Path(__file__).parents[1] / "model_files" / "configs"
@@ -134,6 +145,16 @@ def test_the_dtype_that_a_model_computes_in() -> None:
     assert dtype_of(LLAMA, Run(torch.float32)) is torch.float32
     mixed = [Weight("norm", (4,), "F32"), Weight("w", (4, 4), "BF16"), Weight("ids", (99,), "I64")]
     assert dtype_of(mixed, Run()) is torch.bfloat16
+
+
+def test_what_the_estimate_of_activations_is_told() -> None:
+    assert workload(LLAMA, Run()) == Trained(2, gradients=2 * TOTAL)
+    assert workload(LLAMA, Run(torch.float32)) == Trained(4, gradients=4 * TOTAL)
+    tied = [weight for weight in LLAMA if weight.name != "lm_head.weight"]
+    assert workload(tied, Run()) == Trained(2, gradients=2 * (TOTAL - VOCABULARY * HIDDEN), tied=True)
+    lora = workload(LLAMA, Run(rank=8, targets="all-linear", quantized=True))
+    inputs = LAYERS * (6 * HIDDEN + FEED)
+    assert lora == Trained(2, adapted_inputs=inputs, largest_quantized=HIDDEN * FEED)
 
 
 def test_the_command_line_knows_the_same_names() -> None:

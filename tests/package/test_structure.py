@@ -24,7 +24,8 @@ ROOMS = [
     {"placement", "device"},
     {"state"},
     {"pinned", "interrupts"},
-    {"finetuning", "activations"},
+    {"finetuning"},
+    {"activations"},
     {"model_files"},
     {"memory", "cards", "_version"},
 ]
