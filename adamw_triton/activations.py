@@ -3,8 +3,8 @@
 Counted in what autograd keeps of a decoder of the Llama family as transformers runs it, with fused
 attention; the accounting is that of Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models" (arXiv 2205.05198, section 4), whose 34 bytes are GPT-3's. Of one token, with ``s`` bytes
-an element, ``h`` the hidden size, ``f`` the width of the feed-forward, ``q`` and ``k`` those of queries and keys,
-``V`` the vocabulary:
+an element, ``h`` the hidden size, ``f`` the width of the feed-forward, ``q`` and ``k`` those of queries and
+keys, ``V`` the vocabulary:
 
 - a layer keeps ``(8 + 4s) h``: what two norms made of their input, in fp32 and in the model's dtype;
   ``2s q``: queries and the attention's output; ``2s k``: keys and values; ``4s f``: gate, its activation, up,

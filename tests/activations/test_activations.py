@@ -82,9 +82,8 @@ def test_it_grows_with_all_that_it_depends_on() -> None:
     assert dimensions is not None
     frozen = Trained(2)
     least = estimate(dimensions, Batch(1, 64), frozen)
-    assert (
-        estimate(dimensions, Batch(2, 64), frozen) == 2 * least == estimate(dimensions, Batch(1, 128), frozen)
-    )
+    assert estimate(dimensions, Batch(2, 64), frozen) == 2 * least
+    assert estimate(dimensions, Batch(1, 128), frozen) == 2 * least
     assert estimate(dimensions, Batch(1, 64), Trained(4)) > least
     assert estimate(dimensions, Batch(1, 64), Trained(2, adapted_inputs=600)) == least + 64 * 4 * 600 // 6
     assert estimate(dimensions, Batch(1, 64, checkpointing=False), frozen) > least
