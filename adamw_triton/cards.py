@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 GIB = 1 << 30
@@ -44,8 +45,9 @@ def _card(name: str, gib: float, gb_per_s: int, link: int, memory_from: str, ban
 GUESS = "estimated"
 CARDS = (
     _card("T4", 14.56, 250, PCIE3, "CatVTON#133", GUESS),
-    _card("V100 16GB", 15.75, 790, PCIE3, GUESS, GUESS),
-    _card("V100 32GB", 31.74, 790, PCIE3, "ChatGLM-Finetuning#73", GUESS),
+    _card("P100", 15.9, 640, PCIE3, GUESS, GUESS),
+    _card("V100-16GB", 15.75, 790, PCIE3, GUESS, GUESS),
+    _card("V100-32GB", 31.74, 790, PCIE3, "ChatGLM-Finetuning#73", GUESS),
     _card("RTX 2080 Ti", 10.75, 550, PCIE3, GUESS, GUESS),
     _card("RTX 3060", 11.75, 325, PCIE4, "dreambooth-gui#78", GUESS),
     _card("RTX 3080", 9.7, 690, PCIE4, GUESS, GUESS),
@@ -62,10 +64,10 @@ CARDS = (
     _card("A10G", 21.99, 540, PCIE4, GUESS, GUESS),
     _card("L4", 22.03, 265, PCIE4, "evo2#190", GUESS),
     _card("L40S", 44.4, 805, PCIE4, "Eagle#68 (L40)", "RRZE gpu-benches (L40)"),
-    _card("A100 40GB", 39.5, 1370, PCIE4_A100, "CoSeR#10", GUESS),
-    _card("A100 80GB", 79.25, 1760, PCIE4_A100, "Vad-R1#11", "RRZE gpu-benches"),
+    _card("A100-40GB", 39.5, 1370, PCIE4_A100, "CoSeR#10", GUESS),
+    _card("A100-80GB", 79.25, 1760, PCIE4_A100, "Vad-R1#11", "RRZE gpu-benches"),
     _card("H100 SXM", 79.11, 3000, PCIE5, "vllm#27508", "cuda-samples#392"),
-    _card("GH200", 94.5, 3650, NVLINK_C2C, GUESS, "RRZE gpu-benches"),
+    _card("GH200 480GB", 94.5, 3650, NVLINK_C2C, GUESS, "RRZE gpu-benches"),
     _card("H200", 139.0, 4300, PCIE5, GUESS, GUESS),
     _card("B200", 178.35, 6600, PCIE5, "ao#4002", GUESS),
     _card("MI300X", 191.0, 4030, PCIE5, GUESS, "RRZE gpu-benches"),
@@ -73,7 +75,7 @@ CARDS = (
 
 # Makers, brands and connectors, which some spell out and others leave away.
 _NOISE = re.compile(r"nvidia|amd|geforce|tesla|instinct|quadro|[rg]tx|sxm\d?|pcie|hbm\d?e?|gpu|generation")
-_SIZE = re.compile(r"(\d+)gi?b?")
+_SIZE = re.compile(r"(\d{1,4})gi?b?")
 
 
 def find_card(name: str) -> Card:
@@ -83,29 +85,34 @@ def find_card(name: str) -> Card:
         ValueError: none is known by this name, or several; it tells the nearest.
     """
     model, size = _key(name)
-    found = [card for card in CARDS if _key(card.name)[0] == model]
-    exact = [card for card in found if _key(card.name)[1] == size]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
+    known: dict[str, list[Card]] = {}
+    for card in CARDS:
+        known.setdefault(_key(card.name)[0], []).append(card)
+    found = [card for card in known.get(model, ()) if _fits(card, size)]
+    if len(found) == 1:
+        return found[0]
     if found:
-        raise ValueError(f"{name!r} is several GPUs: say {_either(card.name for card in found)}")
-    nearest = difflib.get_close_matches(model, [_key(card.name)[0] for card in CARDS], n=3, cutoff=0.5)
-    names = [card.name for model in nearest for card in CARDS if _key(card.name)[0] == model]
-    hint = f"did you mean {_either(names)}?" if names else f"known are {', '.join(_names())}"
+        raise ValueError(f"{name!r} is several GPUs: say {_either(found)}")
+    nearest = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
+    near = [card for key in nearest for card in known[key]]
+    hint = f"did you mean {_either(near)}?" if near else f"known are {', '.join(card.name for card in CARDS)}"
     raise ValueError(f"unknown GPU {name!r}: {hint}")
 
 
-def _key(name: str) -> tuple[str, str]:
-    """What tells models apart, and the memory if the name says it."""
+def _key(name: str) -> tuple[str, int | None]:
+    """What tells models apart, and the gigabytes if the name says them."""
     words = [_NOISE.sub("", word) for word in re.split(r"[^a-z0-9]+", name.lower())]
-    sizes = [found[1] for word in words if (found := _SIZE.fullmatch(word))]
-    return "".join(word for word in words if not _SIZE.fullmatch(word)), "".join(sizes)
+    sizes = [int(found[1]) for word in words if (found := _SIZE.fullmatch(word))]
+    return "".join(word for word in words if not _SIZE.fullmatch(word)), sizes[0] if sizes else None
 
 
-def _either(names: object) -> str:
-    *others, last = [repr(name) for name in names]  # type: ignore[attr-defined]
+def _fits(card: Card, gigabytes: int | None) -> bool:
+    """Whether the card may be sold with so much memory: drivers keep up to a tenth for themselves."""
+    if gigabytes is None or gigabytes == _key(card.name)[1]:
+        return True
+    return card.memory <= gigabytes * GIB <= 1.1 * card.memory
+
+
+def _either(cards: Sequence[Card]) -> str:
+    *others, last = [repr(card.name) for card in cards]
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _names() -> list[str]:
-    return [card.name for card in CARDS]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from adamw_triton._version import __version__
+from adamw_triton.commands import doctor, plan
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
 
 USAGE_ERROR = 2
@@ -31,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adamw-triton {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
+    plan.add(commands)
+    doctor.add(commands)
     return parser
 
 

@@ -6,6 +6,7 @@ the tightest of its control groups', so these are read, v1 and v2, with all thei
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ def parse_bytes(value: object, name: str) -> int:
         return value
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-        if found and found[2].lower() in UNITS:
-            return int(float(found[1]) * UNITS[found[2].lower()])
+        size = float(found[1]) * UNITS.get(found[2].lower(), math.inf) if found else math.inf
+        if size < math.inf:
+            return int(size)
     raise ValueError(
         f"Invalid {name}: {value!r}; it must be a number of bytes >= 0, or text like '4GiB' or '500MB'"
     )

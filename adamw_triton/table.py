@@ -45,11 +45,11 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
         drawn.add_column("")
         for index, column in enumerate(self.columns):
-            left = index in (0, len(self.columns) - 1)
-            drawn.add_column(column, justify="left" if left else "right", no_wrap=not left)
+            last = index == len(self.columns) - 1
+            drawn.add_column(column, justify="left" if index == 0 or last else "right", no_wrap=not last)
         for index, row in enumerate(self.rows):
             marked = index == self.marked
             cells = (Text(cell) for cell in (MARK if marked else "", *row))

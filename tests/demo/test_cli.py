@@ -78,7 +78,7 @@ def test_help_loads_none_of_the_heavy_packages():
         "from adamw_triton.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print('loaded:', {'rich', 'matplotlib', 'triton', 'transformers'} & set(sys.modules))"
+        "print('loaded:', {'torch', 'rich', 'matplotlib', 'triton', 'transformers'} & set(sys.modules))"
     )
     assert ran.returncode == 0
     assert "demo" in ran.stdout

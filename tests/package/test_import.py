@@ -13,6 +13,7 @@ import json, sys, time, torch
 known = set(sys.modules)
 start = time.perf_counter()
 import adamw_triton
+adamw_triton.AdamW
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - known)}))
 """

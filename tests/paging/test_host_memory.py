@@ -75,6 +75,8 @@ BAD_BYTES: list[object] = [
     "nan",
     "lots",
     "4GiB 2MiB",
+    "9" * 400,
+    "9" * 308 + "TiB",
 ]
 
 

@@ -1,0 +1,268 @@
+"""`adamw-triton plan`: what can be fine-tuned on a card, and with which variant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adamw_triton.cards import find_card
+from adamw_triton.commands import fail
+from adamw_triton.memory import format_bytes, parse_bytes
+from adamw_triton.model_files import Model, read_model, sketch
+from adamw_triton.model_files.sketch import LARGEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adamw_triton.finetuning import Run
+
+NOTHING_FITS = 1
+DTYPES = ("fp32", "bf16", "fp16")
+TARGETS = ("attention", "all-linear")
+SMALLEST_GPU = 64 << 20
+LARGEST_RANK = 1 << 16
+LARGEST_BATCH = 1 << 24
+
+SUMMARY = "which variant of AdamW lets a model train on a GPU: memory by place, time of a step"
+EPILOG = """\
+examples:
+  adamw-triton plan ./Llama-3.2-3B --gpu T4
+  adamw-triton plan ./Llama-3.1-70B --gpu A100-80GB --lora 16
+  adamw-triton plan --params 7e9 --gpu 16GiB --lora 16 --quantized-base 4
+
+exit code: 0 something fits, 1 nothing does, 2 the arguments or the model's files are wrong"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help=SUMMARY,
+        description=SUMMARY,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=plan)
+    add_option = parser.add_argument
+    add_option("model", nargs="?", help="folder, safetensors file or config.json; no weights are loaded")
+    add_option("--params", metavar="N", help="number of parameters instead: 7e9, 7B, 350M")
+    add_option("--gpu", help="a card like T4 or its memory like 24GiB (default: the GPU that is here)")
+    add_option(
+        "--host-memory", metavar="SIZE", help="for paged state, like 32GiB (default: what is free here)"
+    )
+    add_option("--dtype", help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)")
+    add_option("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of all weights")
+    add_option(
+        "--lora-targets", metavar="WHICH", default=TARGETS[0], help="attention (default) or all-linear"
+    )
+    add_option(
+        "--quantized-base", type=int, metavar="BITS", help="hold the frozen projections in 4 bits (NF4)"
+    )
+    add_option("--batch", type=int, default=1, help="sequences at a time (default: %(default)s)")
+    add_option("--seq", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
+    add_option(
+        "--accumulation", type=int, default=1, metavar="BATCHES", help="before a step (default: %(default)s)"
+    )
+    add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
+    add_option(
+        "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
+    )
+    add_option("--prefer", default="speed", help="speed (default), or exact: keep 32-bit state, page instead")
+    add_option("--json", action="store_true", help="for programs")
+
+
+class Question(NamedTuple):
+    """The arguments, checked."""
+
+    gpu: str | int | None
+    host: int | None
+    activations: int | None
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print the plan; the exit code."""
+    try:
+        question = check(arguments)
+        model = find_model(arguments)
+        run = how_trained(arguments)
+        from adamw_triton import finetuning
+
+        tensors = finetuning.tensors(model.weights, run)
+        activations, origin = count_activations(arguments, model, run, question.activations)
+        found = ask(tensors, question, activations, arguments.prefer)
+    except ValueError as error:
+        return fail("plan", str(error))
+    if arguments.json:
+        print(json.dumps(as_dict(model, tensors, activations, origin, found), indent=2))
+    else:
+        print(f"{model.name}: {describe(model, run, tensors)}")
+        print(f"activations: {origin}")
+        show(found)
+    return NOTHING_FITS if found.chosen is None else 0
+
+
+def check(arguments: argparse.Namespace) -> Question:
+    """Refuse what cannot be meant, before anything is read.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for name, value, largest in (
+        ("--batch", arguments.batch, LARGEST_BATCH),
+        ("--seq", arguments.seq, LARGEST_BATCH),
+        ("--accumulation", arguments.accumulation, LARGEST_BATCH),
+        ("--lora", arguments.lora, LARGEST_RANK),
+    ):
+        if value is not None and not 1 <= value <= largest:
+            raise ValueError(f"{name} must be 1 to {largest:,}, not {value}")
+    for name, value, allowed in (
+        ("--dtype", arguments.dtype, (None, *DTYPES)),
+        ("--lora-targets", arguments.lora_targets, TARGETS),
+        ("--quantized-base", arguments.quantized_base, (None, 4)),
+        ("--prefer", arguments.prefer, ("speed", "exact")),
+    ):
+        if value not in allowed:
+            names = " or ".join(str(choice) for choice in allowed if choice is not None)
+            raise ValueError(f"{name} must be {names}, not {value!r}")
+    if arguments.quantized_base is not None and arguments.lora is None:
+        raise ValueError(
+            "--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves"
+        )
+    if (arguments.model is None) == (arguments.params is None):
+        raise ValueError("name a model's folder or file, or its size as --params; one of them")
+    return Question(
+        gpu=None if arguments.gpu is None else parse_gpu(arguments.gpu),
+        host=_bytes(arguments.host_memory, "--host-memory"),
+        activations=_bytes(arguments.activations, "--activations"),
+    )
+
+
+def _bytes(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_bytes(text, option)
+
+
+def parse_gpu(text: str) -> str | int:
+    """A card's name, as the table has it, or bytes."""
+    try:
+        return find_card(text).name
+    except ValueError as error:
+        unknown = str(error)
+    try:
+        size = parse_bytes(text, "--gpu")
+    except ValueError:
+        raise ValueError(f"--gpu: {unknown}; or give its memory, like 24GiB") from None
+    if size < SMALLEST_GPU:
+        raise ValueError(f"--gpu {text} means {format_bytes(size)} of memory; give a unit too, like 24GiB")
+    return size
+
+
+def parse_count(text: str) -> int:
+    """A number of parameters: ``"7e9"``, ``"7B"``, ``"350M"``.
+
+    Raises:
+        ValueError: it is none, or absurd.
+    """
+    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+    unit = units.get(text[-1:].lower(), 1)
+    try:
+        count = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        count = math.nan
+    if not 1 <= count <= LARGEST:
+        raise ValueError(f"--params must be a number from 1 to {LARGEST:.0e}, like 7e9 or 7B, not {text!r}")
+    return int(count)
+
+
+def find_model(arguments: argparse.Namespace) -> Model:
+    """The model that is named, or one of Llama's shape with so many parameters."""
+    if arguments.params is None:
+        return read_model(Path(arguments.model))
+    count = parse_count(arguments.params)
+    model = sketch(count)
+    if arguments.lora is not None and model.dimensions is None:
+        raise ValueError(
+            f"--lora needs the shapes of a model of {count:,} parameters: name its folder or file"
+        )
+    return model
+
+
+def how_trained(arguments: argparse.Namespace) -> Run:
+    from adamw_triton.finetuning import DTYPES, Run
+
+    return Run(
+        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+        rank=arguments.lora,
+        targets=arguments.lora_targets,
+        quantized=arguments.quantized_base is not None,
+    )
+
+
+def count_activations(
+    arguments: argparse.Namespace, model: Model, run: Run, given: int | None
+) -> tuple[int | None, str]:
+    """Bytes, None if nothing can be said of them; and where the figure is from."""
+    from adamw_triton.activations import Batch, estimate
+    from adamw_triton.finetuning import workload
+
+    if given is not None:
+        return given, f"{format_bytes(given)}, as given"
+    if model.dimensions is None:
+        return None, "not counted: nothing tells the model's dimensions; give --activations"
+    batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1)
+    count = estimate(model.dimensions, batch, workload(model.weights, run))
+    return count, (
+        f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
+        f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"
+    )
+
+
+def ask(tensors: Sequence[Tensor], question: Question, activations: int | None, prefer: str) -> Any:
+    """The Plan."""
+    import torch
+
+    import adamw_triton
+
+    if question.gpu is None and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
+    return adamw_triton.plan(tensors, question.gpu, question.host, activations=activations, prefer=prefer)
+
+
+def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
+    """What is trained, in a line."""
+    from adamw_triton.finetuning import dtype_of
+
+    total = sum(weight.numel for weight in model.weights)
+    dtype = str(dtype_of(model.weights, run)).removeprefix("torch.")
+    if run.rank is None:
+        return f"{total:,} parameters in {dtype}, all trained"
+    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+    base = f"{dtype}, projections in 4 bits" if run.quantized else dtype
+    lora = f"LoRA of rank {run.rank} on {run.targets}"
+    return f"{total:,} frozen parameters in {base}; {trained:,} trained in float32, {lora}"
+
+
+def as_dict(
+    model: Model, tensors: Sequence[Tensor], activations: int | None, origin: str, found: Any
+) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "parameters": sum(weight.numel for weight in model.weights),
+        "trained": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+        "activations": activations,
+        "activations_from": origin,
+        "plan": found.to_dict(),
+    }
+
+
+def show(found: Any) -> None:
+    """With rich where it is installed."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        print(found)
+    else:
+        Console().print(found)

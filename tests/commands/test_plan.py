@@ -1,0 +1,271 @@
+"""`adamw-triton plan`: what it asks the selector, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adamw_triton
+from adamw_triton.cli import main
+from adamw_triton.commands.plan import parse_count, parse_gpu
+from adamw_triton.model_files import ModelFileError
+from tests.model_files.files import write, write_model
+from tests.model_files.test_headers import HOSTILE, bytes_read
+from tests.model_files.test_model import shapes_of
+
+CONFIGS = Path(__file__).parents[1] / "model_files" / "configs"
+GIB = 1 << 30
+
+
+class Asked:
+    """In place of `adamw_triton.plan`: what it was asked, and an answer."""
+
+    chosen: object | None = "8bit"
+
+    def __call__(self, params: Any, gpu_memory: Any = None, host_memory: Any = None, **more: Any) -> Asked:
+        self.params, self.gpu, self.host, self.more = list(params), gpu_memory, host_memory, more
+        return self
+
+    @property
+    def trained(self) -> int:
+        return sum(param.numel() for param in self.params if param.requires_grad)
+
+    @property
+    def frozen_bytes(self) -> int:
+        return sum(param.nbytes for param in self.params if not param.requires_grad)
+
+    def __str__(self) -> str:
+        return "THE PLAN"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"chosen": self.chosen}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    double = Asked()
+    monkeypatch.setattr(adamw_triton, "plan", double, raising=False)
+    return double
+
+
+def run(line: str) -> int:
+    return main(["plan", *shlex.split(line)])
+
+
+def test_a_folder_on_a_card(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{CONFIGS}/Llama-3.2-3B --gpu T4") == 0
+    assert asked.trained == 3_212_749_824
+    assert (asked.gpu, asked.host, asked.more["prefer"]) == ("T4", None, "speed")
+    assert {param.dtype for param in asked.params} == {torch.bfloat16}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Llama-3.2-3B: 3,212,749,824 parameters in bfloat16, all trained"
+    assert lines[1].startswith("activations: about ")
+    assert lines[1].endswith(" estimated for 1 x 2048 tokens with gradient checkpointing")
+    assert lines[2:] == ["THE PLAN"]
+
+
+def test_all_options_reach_the_selector(asked: Asked) -> None:
+    line = "--gpu 24GiB --host-memory 32GiB --dtype fp32 --activations 3GiB --prefer exact"
+    assert run(f"{CONFIGS}/Llama-2-7B {line}") == 0
+    assert (asked.gpu, asked.host) == (24 * GIB, 32 * GIB)
+    assert asked.more == {"activations": 3 * GIB, "prefer": "exact"}
+    assert {param.dtype for param in asked.params} == {torch.float32}
+
+
+def test_lora_on_a_quantized_base(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 16 --quantized-base 4 --dtype fp16") == 0
+    assert asked.trained == 16 * 32 * 4 * 8192
+    assert asked.frozen_bytes == 6_476_005_376 * 9 // 16 + 2 * (6_738_415_616 - 6_476_005_376)
+    assert (
+        "6,738,415,616 frozen parameters in float16, projections in 4 bits; 16,777,216 trained in float32, "
+        "LoRA of rank 16 on attention"
+    ) in capsys.readouterr().out
+
+
+def test_activations_follow_the_batch(asked: Asked) -> None:
+    """More of anything takes more; the estimate is in the order of what such runs are known to take."""
+    taken = []
+    for options in ("", "--seq 4096", "--seq 4096 --batch 2", "--seq 4096 --batch 2 --no-checkpointing"):
+        assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 {options}") == 0
+        taken.append(asked.more["activations"])
+    assert taken == sorted(taken)
+    assert taken[3] > 5 * taken[2]
+    assert 0.1 * GIB < taken[0] < 1 * GIB
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --accumulation 4") == 0
+    assert taken[0] + GIB < asked.more["activations"] < 3 * GIB, "the logits find no gradients' room"
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 16 --lora-targets all-linear") == 0
+    adapted = asked.more["activations"]
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 16 --lora-targets all-linear --quantized-base 4") == 0
+    assert asked.more["activations"] == adapted + 2 * 4096 * 11008
+
+
+def test_a_file_of_weights_alone_says_nothing_of_activations(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_model(tmp_path / "adapter.safetensors", {"a": (4, 4)})
+    assert run(f"{path} --gpu T4") == 0
+    assert asked.more["activations"] is None
+    assert "activations: not counted: nothing tells the model's dimensions; give" in capsys.readouterr().out
+
+
+def test_a_number_of_parameters_is_enough(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--params 7e9 --gpu T4") == 0
+    assert asked.trained == 7_000_000_000
+    assert capsys.readouterr().out.startswith("7e+09 parameters: 7,000,000,000 parameters in bfloat16")
+    assert run("--params 7B --gpu T4 --lora 8 --quantized-base 4 --dtype fp16") == 0
+    assert 5e6 < asked.trained < 2e7
+    assert run("--params 1000 --gpu T4") == 0
+    assert asked.trained == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("7e9", 7 * 10**9), ("7B", 7 * 10**9), ("1.5b", 15 * 10**8), ("350M", 35 * 10**7), ("1", 1)],
+)
+def test_numbers_of_parameters(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "B", "-7e9", "0", "nan", "inf", "1e99", "7e9e9", "seven", "7 G", "1e400"]
+)
+def test_no_numbers_of_parameters(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--params must be a number from 1 to 1e\+13, like 7e9 or 7B, not "):
+        parse_count(text)
+
+
+def test_cards_and_sizes() -> None:
+    assert parse_gpu("tesla t4") == "T4"
+    assert parse_gpu("3090") == "RTX 3090"
+    assert parse_gpu("24GiB") == 24 * GIB
+    assert parse_gpu("80 GB") == 80 * 10**9
+
+
+def test_json_is_all_there_is_on_the_output(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --lora 4 --json --activations 1GiB") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "model": "Llama-2-7B",
+        "parameters": 6_738_415_616,
+        "trained": 4 * 32 * 4 * 8192,
+        "activations": GIB,
+        "activations_from": "1.0 GiB, as given",
+        "plan": {"chosen": "8bit"},
+    }
+
+
+def test_the_exit_code_tells_whether_anything_fits(asked: Asked) -> None:
+    asked.chosen = None
+    assert run("--params 7e9 --gpu T4") == 1
+
+
+def test_without_rich_the_plan_is_text(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert run("--params 7e9 --gpu T4") == 0
+    assert capsys.readouterr().out.endswith("\nTHE PLAN\n")
+
+
+REFUSED = {
+    "": "name a model's folder or file, or its size as --params; one of them",
+    "x --params 7e9": "one of them",
+    "--params=-7e9": "--params must be a number from 1",
+    "--params lots": "--params must be a number from 1",
+    "/no/such/folder": "there is no file or folder '/no/such/folder'",
+    "meta-llama/Llama-3.2-3B": "a model of the Hugging Face Hub must be downloaded first",
+    "--params 7e9 --gpu T5": "unknown GPU 'T5': did you mean 'T4'?; or give its memory, like 24GiB",
+    "--params 7e9 --gpu A100": "'A100' is several GPUs: say 'A100-40GB' or 'A100-80GB'",
+    "--params 7e9 --gpu=-24GiB": "unknown GPU '-24GiB'",
+    "--params 7e9 --gpu 24": "--gpu 24 means 24 B of memory; give a unit too, like 24GiB",
+    "--params 7e9 --gpu 0GiB": "--gpu 0GiB means 0 B of memory",
+    "--params 7e9 --gpu ''": "unknown GPU ''",
+    "--params 7e9 --gpu T4 --host-memory=-1GiB": "Invalid --host-memory: '-1GiB'",
+    "--params 7e9 --gpu T4 --host-memory much": "Invalid --host-memory: 'much'; it must be a number of bytes",
+    "--params 7e9 --gpu T4 --activations 1e9GiB": "Invalid --activations: '1e9GiB'",
+    "--params 7e9 --gpu T4 --lora 0": "--lora must be 1 to 65,536, not 0",
+    "--params 7e9 --gpu T4 --lora=-8": "--lora must be 1 to 65,536, not -8",
+    "--params 7e9 --gpu T4 --accumulation 0": "--accumulation must be 1 to",
+    "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
+    "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
+    "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",
+    "--params 7e9 --gpu T4 --prefer cheap": "--prefer must be speed or exact, not 'cheap'",
+    "--params 7e9 --gpu T4 --lora-targets q": "--lora-targets must be attention or all-linear, not 'q'",
+    "--params 7e9 --gpu T4 --quantized-base 4": "--quantized-base needs --lora RANK",
+    "--params 7e9 --gpu T4 --lora 8 --quantized-base 3": "--quantized-base must be 4, not 3",
+    "--params 1e6 --gpu T4 --lora 8": "--lora needs the shapes of a model of 1,000,000 parameters",
+}
+
+
+def refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("adamw-triton plan: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_bad_arguments_exit_with_2_and_one_line(
+    line: str, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(line, REFUSED[line], capsys)
+    assert not hasattr(asked, "params")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_exit_with_2_and_one_line(
+    case: str, asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header, data_bytes, message = HOSTILE[case]
+    write(tmp_path / "model.safetensors", header, data_bytes)
+    refused(f"{tmp_path} --gpu T4", message, capsys)
+
+
+def test_other_bad_files_exit_with_2_and_one_line(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(f"{tmp_path} --gpu T4", "has neither safetensors files nor a config.json", capsys)
+    (tmp_path / "config.json").write_text("<html>404</html>")
+    refused(f"{tmp_path} --gpu T4", "config.json is not valid JSON", capsys)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -5}')
+    refused(f"{tmp_path} --gpu T4", "config.json says hidden_size=-5: it must be a whole number", capsys)
+    write_model(tmp_path / "new\nline.safetensors", {"a": (2, 2)})
+    (tmp_path / "config.json").unlink()
+    refused(f"{tmp_path} --gpu T4 --lora 8", "no projections that --lora-targets attention means", capsys)
+    os.mkfifo(tmp_path / "pipe")
+    refused(f"{tmp_path}/pipe --gpu T4", "is not a regular file", capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_must_be_named(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    refused("--params 7e9", "there is no GPU here: say which with --gpu, like T4 or 24GiB", capsys)
+
+
+def test_what_the_selector_refuses_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise ModelFileError("it cannot\nbe planned")
+
+    monkeypatch.setattr(adamw_triton, "plan", refusing, raising=False)
+    refused("--params 7e9 --gpu T4", "it cannot be planned", capsys)
+
+
+def test_a_file_of_141_gb_is_planned_in_under_a_second(asked: Asked, tmp_path: Path) -> None:
+    """All of the command's own work; torch, which takes a second or two to import, is there already."""
+    path = write_model(tmp_path / "model.safetensors", shapes_of("Llama-3.1-70B"))
+    bytes_before, start = bytes_read(), time.perf_counter()
+    assert run(f"{path} --gpu A100-80GB --lora 16") == 0
+    seconds, count = time.perf_counter() - start, bytes_read() - bytes_before
+    assert asked.frozen_bytes == 2 * 70_553_706_496
+    assert seconds < 1
+    assert count < 10_000_000
