@@ -14,7 +14,6 @@ import pytest
 
 from adamw_triton.cli import main
 
-pytest.importorskip("adamw_triton.planning")
 CONFIGS = Path(__file__).parents[1] / "model_files" / "configs"
 
 
