@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         return self.sequences * self.length
 
 
-class Trained(NamedTuple):
+class Workload(NamedTuple):
     """What of the model is trained."""
 
     itemsize: int
@@ -56,11 +56,11 @@ class Trained(NamedTuple):
     """Elements of the largest projection that is held in 4 bits: it is made anew while it is used."""
 
 
-def estimate(model: Dimensions, batch: Batch, trained: Trained) -> int:
+def estimate(model: Dimensions, batch: Batch, workload: Workload) -> int:
     """Bytes at the peak, all gradients counted elsewhere."""
-    size, tokens = trained.itemsize, batch.tokens
+    size, tokens = workload.itemsize, batch.tokens
     layer = (8 + 4 * size) * model.hidden + 2 * size * (model.query_width + model.key_width)
-    layer += 4 * size * model.intermediate + 4 * trained.adapted_inputs // model.layers
+    layer += 4 * size * model.intermediate + 4 * workload.adapted_inputs // model.layers
     inside = 2 * size * (model.intermediate + model.hidden)
     kept = size * model.hidden if batch.checkpointing else layer
     anew = layer if batch.checkpointing else 0
@@ -72,19 +72,19 @@ def estimate(model: Dimensions, batch: Batch, trained: Trained) -> int:
     in_first_layer = tokens * (kept + anew + inside)
     in_embeddings = tokens * size * model.hidden
 
-    is_full = trained.gradients > 0
+    is_full = workload.gradients > 0
     embeddings = size * model.vocabulary * model.hidden * is_full
     projection = size * model.hidden * model.intermediate * is_full
     if batch.accumulating:
         # A new gradient lies beside the one that it is added to; that of tied embeddings is itself a sum.
         in_head += embeddings
         in_last_layer += projection
-        in_embeddings += embeddings * (3 if trained.tied else 1)
+        in_embeddings += embeddings * (3 if workload.tied else 1)
         peak = max(at_loss, in_head, in_last_layer, in_embeddings)
     else:
         # At first no gradient is there, at last all: the embeddings' own, or if they are tied two more.
-        before = max(at_loss, in_head + embeddings, in_last_layer) - trained.gradients
-        in_first_layer -= 0 if trained.tied else embeddings
-        in_embeddings += 2 * embeddings if trained.tied else 0
+        before = max(at_loss, in_head + embeddings, in_last_layer) - workload.gradients
+        in_first_layer -= 0 if workload.tied else embeddings
+        in_embeddings += 2 * embeddings if workload.tied else 0
         peak = max(before, in_first_layer, in_embeddings)
-    return peak + size * trained.largest_quantized
+    return peak + size * workload.largest_quantized

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.activations import Trained
+from adamw_triton.activations import Workload
 from adamw_triton.model_files import ModelFileError, Weight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,11 +102,11 @@ def dtype_of(weights: Sequence[Weight], run: Run) -> torch.dtype:
     return _STORED[max(sizes, key=lambda name: sizes[name])]
 
 
-def workload(weights: Sequence[Weight], run: Run) -> Trained:
+def workload(weights: Sequence[Weight], run: Run) -> Workload:
     """What the estimate of activations has to know."""
     dtype = dtype_of(weights, run)
     floating = [weight for weight in weights if _FLOATING.match(weight.dtype)]
-    return Trained(
+    return Workload(
         itemsize=dtype.itemsize,
         gradients=0 if run.rank is not None else sum(w.numel for w in floating) * dtype.itemsize,
         tied=not any(_HEAD.search(weight.name) for weight in weights),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from adamw_triton.activations import Batch, Trained, estimate
+from adamw_triton.activations import Batch, Workload, estimate
 from adamw_triton.model_files.config import read_dimensions
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def test_a_real_model_takes_what_was_estimated(
     batch = Batch(1, length, checkpointing, accumulating)
     real, gradients = measured(config, batch, dtype)
     tied = bool(config["tie_word_embeddings"])
-    told = estimate(dimensions, batch, Trained(dtype.itemsize, gradients, tied))
+    told = estimate(dimensions, batch, Workload(dtype.itemsize, gradients, tied))
     layer = (3 * 128 * 512 + 3 * 128 * 128) * dtype.itemsize
     assert 0.98 * (real + gradients) < told + gradients < 1.1 * (real + gradients) + layer, (real, told)
 
@@ -80,14 +80,14 @@ def test_a_real_model_takes_what_was_estimated(
 def test_it_grows_with_all_that_it_depends_on() -> None:
     dimensions = read_dimensions(SHAPE)
     assert dimensions is not None
-    frozen = Trained(2)
+    frozen = Workload(2)
     least = estimate(dimensions, Batch(1, 64), frozen)
     assert estimate(dimensions, Batch(2, 64), frozen) == 2 * least
     assert estimate(dimensions, Batch(1, 128), frozen) == 2 * least
-    assert estimate(dimensions, Batch(1, 64), Trained(4)) > least
-    assert estimate(dimensions, Batch(1, 64), Trained(2, adapted_inputs=600)) == least + 64 * 4 * 600 // 6
+    assert estimate(dimensions, Batch(1, 64), Workload(4)) > least
+    assert estimate(dimensions, Batch(1, 64), Workload(2, adapted_inputs=600)) == least + 64 * 4 * 600 // 6
     assert estimate(dimensions, Batch(1, 64, checkpointing=False), frozen) > least
-    assert estimate(dimensions, Batch(1, 64), Trained(2, largest_quantized=10**6)) == least + 2 * 10**6
+    assert estimate(dimensions, Batch(1, 64), Workload(2, largest_quantized=10**6)) == least + 2 * 10**6
     for name in dimensions._fields:
         grown = dimensions._replace(**{name: 100 * getattr(dimensions, name)})
         assert estimate(grown, Batch(1, 64), frozen) > least, name

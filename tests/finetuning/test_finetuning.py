@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.activations import Trained
+from adamw_triton.activations import Workload
 from adamw_triton.finetuning import (
     DTYPES,
     TARGETS,
@@ -148,13 +148,13 @@ def test_the_dtype_that_a_model_computes_in() -> None:
 
 
 def test_what_the_estimate_of_activations_is_told() -> None:
-    assert workload(LLAMA, Run()) == Trained(2, gradients=2 * TOTAL)
-    assert workload(LLAMA, Run(torch.float32)) == Trained(4, gradients=4 * TOTAL)
+    assert workload(LLAMA, Run()) == Workload(2, gradients=2 * TOTAL)
+    assert workload(LLAMA, Run(torch.float32)) == Workload(4, gradients=4 * TOTAL)
     tied = [weight for weight in LLAMA if weight.name != "lm_head.weight"]
-    assert workload(tied, Run()) == Trained(2, gradients=2 * (TOTAL - VOCABULARY * HIDDEN), tied=True)
+    assert workload(tied, Run()) == Workload(2, gradients=2 * (TOTAL - VOCABULARY * HIDDEN), tied=True)
     lora = workload(LLAMA, Run(rank=8, targets="all-linear", quantized=True))
     inputs = LAYERS * (6 * HIDDEN + FEED)
-    assert lora == Trained(2, adapted_inputs=inputs, largest_quantized=HIDDEN * FEED)
+    assert lora == Workload(2, adapted_inputs=inputs, largest_quantized=HIDDEN * FEED)
 
 
 def test_the_command_line_knows_the_same_names() -> None:
