@@ -1,0 +1,58 @@
+"""A ``TrainerCallback`` that reports where the optimizer's state is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from adamw_triton.optimizer import AdamW
+
+
+class ReportCallback(TrainerCallback):
+    """Prints the plan once it is made, and adds to each log the bytes of optimizer state by place.
+
+    The logs gain ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and ``optimizer_bytes/staging``, every
+    ``logging_steps`` steps. As one of ``Trainer(callbacks=[...])`` it is called after W&B, TensorBoard and
+    their kind, which have sent the log away by then; so does the console see it, and
+    ``trainer.state.log_history``. ``ReportCallback.attach(trainer)`` puts it in front of them.
+
+    Other optimizers than ours are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._plan: object = None
+
+    @classmethod
+    def attach(cls, trainer: Any) -> ReportCallback:
+        """A callback in front of those that ``trainer`` has; returns it."""
+        callback = cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """The plan is made at the first step; a later one, made when memory ran short, is news too."""
+        plan = getattr(unwrap(optimizer), "plan", None)
+        if plan is not None and plan is not self._plan and state.is_world_process_zero:
+            tqdm.write(str(plan))  # as transformers prints its logs: without breaking the progress bar
+        self._plan = plan
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        ours = unwrap(optimizer)
+        if not isinstance(ours, AdamW) or logs is None:
+            return
+        memory = ours.memory()
+        found = {f"optimizer_bytes/{place}": memory[place] for place in ("gpu", "host", "staging")}
+        logs.update(found)
+        if state.log_history:  # the Trainer has copied the logs there already
+            state.log_history[-1].update(found)
+
+
+def unwrap(optimizer: Any) -> Any:
+    """What accelerate, or DeepSpeed within it, has wrapped."""
+    while not isinstance(optimizer, AdamW) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
