@@ -11,12 +11,12 @@ from adamw_triton.optimizer import AdamW
 
 
 class ReportCallback(TrainerCallback):
-    """Prints the plan once it is made, and adds to each log the bytes of optimizer state by place.
+    """Prints the plan once it is made, and logs where the optimizer's state is, beside each training loss.
 
-    The logs gain ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and ``optimizer_bytes/staging``, every
-    ``logging_steps`` steps. As one of ``Trainer(callbacks=[...])`` it is called after W&B, TensorBoard and
-    their kind, which have sent the log away by then; so does the console see it, and
-    ``trainer.state.log_history``. ``ReportCallback.attach(trainer)`` puts it in front of them.
+    Every ``logging_steps`` steps the log gains ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and
+    ``optimizer_bytes/staging``. One of ``Trainer(callbacks=[...])`` is called after those of W&B,
+    TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then, these
+    do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
 
     Other optimizers than ours are left alone.
     """
@@ -42,7 +42,7 @@ class ReportCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         ours = unwrap(optimizer)
-        if not isinstance(ours, AdamW) or logs is None:
+        if not isinstance(ours, AdamW) or "loss" not in (logs or {}):
             return
         memory = ours.memory()
         found = {f"optimizer_bytes/{place}": memory[place] for place in ("gpu", "host", "staging")}

@@ -50,7 +50,9 @@ def test_attached_it_is_before_the_callbacks_that_send_logs_away(attached: bool,
         assert isinstance(ReportCallback.attach(trained), ReportCallback)
     trained.train()
     assert len(seen.logs) == 7
-    assert all(("optimizer_bytes/host" in logs) == attached for logs in seen.logs)
+    assert all(("optimizer_bytes/host" in logs) == attached for logs in seen.logs[:6])
+    assert "train_loss" in seen.logs[6]
+    assert "optimizer_bytes/host" not in seen.logs[6]
 
 
 def test_the_plan_is_printed_once(
