@@ -22,7 +22,7 @@ class ReportCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._plan: object = None
+        self._printed: str | None = None
 
     @classmethod
     def attach(cls, trainer: Any) -> ReportCallback:
@@ -32,11 +32,11 @@ class ReportCallback(TrainerCallback):
         return callback
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """The plan is made at the first step; a later one, made when memory ran short, is news too."""
+        """The plan is made at the first step; one made anew later, when memory ran short, is news too."""
         plan = getattr(unwrap(optimizer), "plan", None)
-        if plan is not None and plan is not self._plan and state.is_world_process_zero:
-            tqdm.write(str(plan))  # as transformers prints its logs: without breaking the progress bar
-        self._plan = plan
+        if plan is not None and state.is_world_process_zero and str(plan) != self._printed:
+            self._printed = str(plan)
+            tqdm.write(self._printed)  # as transformers prints its logs: without breaking the progress bar
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any

@@ -55,20 +55,27 @@ def test_attached_it_is_before_the_callbacks_that_send_logs_away(attached: bool,
     assert "optimizer_bytes/host" not in seen.logs[6]
 
 
-def test_the_plan_is_printed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Plan:
-        def __str__(self) -> str:
-            return "the plan of this run"
+class Planned(adamw_triton.AdamW):
+    """Makes a plan at the first step and another at the fourth."""
 
-    plan = Plan()
-    made = property(lambda self: plan if self.state else None)
-    monkeypatch.setattr(adamw_triton.AdamW, "plan", made, raising=False)
-    trainer(arguments(tmp_path, "adamw_triton"), llama(), callbacks=[ReportCallback()]).train()
+    @property
+    def plan(self) -> str | None:
+        steps = max((int(entry["step"]) for entry in self.state.values()), default=0)
+        return f"plan {1 if steps < 4 else 2} of this run" if steps else None
+
+    @plan.setter
+    def plan(self, _: object) -> None:
+        pass
+
+
+def test_each_plan_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    args = arguments(tmp_path, "adamw_triton")
+    optimizer = Planned(model.parameters(), lr=1e-3)
+    trainer(args, model, callbacks=[ReportCallback()], optimizers=(optimizer, None)).train()
     printed = capsys.readouterr().out
-    assert printed.count("the plan of this run") == 1
-    assert printed.index("the plan of this run") < printed.index("'loss'")
+    assert [printed.count(f"plan {number} of this run") for number in (1, 2)] == [1, 1]
+    assert printed.index("plan 1 of this run") < printed.index("'loss'")
 
 
 def test_other_optimizers_are_left_alone(tmp_path: Path) -> None:
