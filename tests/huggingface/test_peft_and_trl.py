@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import adamw_triton
+from tests.huggingface.test_launcher import launch
 from tests.huggingface.tiny import (
     VARIANTS,
     arguments,
@@ -156,7 +156,7 @@ def test_trls_parser(kind: str, optim: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trls_own_script_through_our_launcher(tmp_path: Path) -> None:
+def test_trls_own_script_through_our_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     data = tmp_path / "data"
     data.mkdir()
@@ -164,11 +164,9 @@ def test_trls_own_script_through_our_launcher(tmp_path: Path) -> None:
     (data / "train.jsonl").write_text(rows)
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "adamw_triton.huggingface", "-m", "trl.scripts.sft"]
-    command += ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data)]
-    command += ["--output_dir", str(tmp_path / "out"), "--optim", "paged_adamw_triton_8bit"]
-    command += ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = ["-m", "trl.scripts.sft", "--model_name_or_path", str(tmp_path / "model")]
+    words += ["--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    words += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--optim", "paged_adamw_triton_8bit"]
+    launch(monkeypatch, *words)
     saved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert any(value.dtype is torch.uint8 for entry in saved["state"].values() for value in entry.values())
