@@ -37,16 +37,16 @@ def register() -> None:
             name="transformers",
         ) from None
     try:
-        names = importlib.import_module("transformers.training_args").OptimizerNames
-        trainer = importlib.import_module("transformers.trainer").Trainer
-    except (AttributeError, ModuleNotFoundError) as error:
+        names = getattr(importlib.import_module("transformers.training_args"), "OptimizerNames", None)
+        trainer = getattr(importlib.import_module("transformers.trainer"), "Trainer", None)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("transformers"):
+            raise  # something that transformers itself needs
         raise _unknown(transformers.__version__, str(error)) from error
     problem = _problem_with(names, trainer)
     if problem:
         raise _unknown(transformers.__version__, problem)
-    for value in OPTIMIZERS:
-        if value not in names._value2member_map_:
-            _add_member(names, value)
+    _add_members(names)
     _wrap(trainer)
 
 
@@ -74,6 +74,12 @@ def _unknown(version: str, problem: str) -> ImportError:
         "from adamw_triton.trainer_arguments import optimizer_cls_and_kwargs",
         name="transformers",
     )
+
+
+def _add_members(names: Any) -> None:
+    for value in OPTIMIZERS:
+        if value not in names._value2member_map_:
+            _add_member(names, value)
 
 
 def _add_member(names: Any, value: str) -> None:

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _lighter_collections() -> None:
+def _lighter_collections() -> Iterator[None]:
     """accelerate collects garbage when it frees memory, twice a training: half of a test's time goes
     into looking through what transformers has imported, unless that is set aside."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -158,6 +158,7 @@ def test_trls_parser(kind: str, optim: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trls_own_script_through_our_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = tmp_path / "data"
     data.mkdir()
     rows = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS)

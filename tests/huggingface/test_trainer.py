@@ -120,6 +120,13 @@ def test_the_official_way_gives_the_same_bits(variant: str, tmp_path: Path) -> N
     assert bits(by_pair.model) == bits(by_string.model)
 
 
+def test_the_model_card_names_it(tmp_path: Path) -> None:
+    trained = trainer(arguments(tmp_path, "paged_adamw_triton_8bit"), llama())
+    trained.train()
+    trained.create_model_card(model_name="tiny", dataset="numbers")
+    assert "PAGED_ADAMW_TRITON_8BIT" in (tmp_path / "README.md").read_text()
+
+
 def test_without_a_model_as_other_tools_call_it(tmp_path: Path) -> None:
     args = arguments(tmp_path, "paged_adamw_triton_32bit")
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
