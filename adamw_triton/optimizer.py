@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from adamw_triton import checkpoint
 from adamw_triton.arguments import (
@@ -124,6 +125,9 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    # In a compiled training step this is a graph break. Compiled piece by piece, as it would be otherwise,
+    # the arithmetic would round differently, and pages and launches would be traced.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.

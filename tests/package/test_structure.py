@@ -15,6 +15,8 @@ ROOMS = [
     {"cli"},
     {"commands"},
     {"demo", "doctor"},
+    {"huggingface"},
+    {"trainer_arguments"},
     {"__init__"},
     {"optimizer", "planning"},
     {"auto"},
@@ -93,7 +95,13 @@ def test_kernels_know_nothing_of_the_optimizer() -> None:
 
 def test_triton_stays_in_the_kernels() -> None:
     for path in modules("adamw_triton"):
-        assert not {name for name in imports(path) if name.split(".")[0] in ("triton", "transformers")}, path
+        assert not {name for name in imports(path) if name.split(".")[0] == "triton"}, path
+
+
+def test_transformers_stays_in_its_room() -> None:
+    for path in modules("adamw_triton"):
+        if "huggingface" not in path.relative_to(ROOT).parts:
+            assert not {name for name in imports(path) if name.split(".")[0] == "transformers"}, path
 
 
 def test_plain_torch_needs_no_triton() -> None:
