@@ -1,14 +1,14 @@
 """The command line: `adamw-triton`, or `python -m adamw_triton`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from adamw_triton._version import __version__
-from adamw_triton.commands import doctor, plan
+from adamw_triton.commands import doctor, fail, plan
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
 
-USAGE_ERROR = 2
 INTERRUPTED = 130
 
 # The extra "demo" of pyproject.toml.
@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,15 +66,9 @@ def demo(arguments: argparse.Namespace) -> int:
         package = str(error.name).partition(".")[0]
         if package not in DEMO_PACKAGES:
             raise
-        return fail(f'the package {package} is missing: pip install "adamw-triton[demo]"')
+        return fail("demo", f'the package {package} is missing: pip install "adamw-triton[demo]"')
     try:
         run_demo(arguments.steps, arguments.seed, arguments.out, arguments.variants, arguments.device)
     except DemoError as error:
-        return fail(str(error))
+        return fail("demo", str(error))
     return 0
-
-
-def fail(message: str) -> int:
-    """Say in one line what is wrong; the exit code for it."""
-    print(f"adamw-triton demo: {message}", file=sys.stderr)
-    return USAGE_ERROR

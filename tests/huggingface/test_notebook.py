@@ -33,4 +33,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert after > max(0.6, before + 0.2)
     assert 2.0 < float(re.search(r"(\S+) bytes a parameter", text)[1]) < 2.2  # type: ignore[index]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert "image/png" in kinds
+    assert {"image/png", "text/html"} <= kinds
+    assert any(
+        "chosen: the first that fits" in output.get("data", {}).get("text/html", "") for output in outputs
+    )
