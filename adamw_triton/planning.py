@@ -126,7 +126,7 @@ def _card(gpu_memory: int | str | None, here: int) -> Card:
         now = gpu.CudaAllocator(device)
         snapshot = now.snapshot()
         ours = snapshot.total - (snapshot.available - torch.cuda.memory_allocated(device) + here)
-        return Card(now.name, snapshot.total, ours, rates.known(device))
+        return Card(now.name, snapshot.total, ours, rates.measured(device))
     try:
         count = parse_bytes(gpu_memory, "gpu_memory")
     except ValueError:

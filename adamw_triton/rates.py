@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from adamw_triton import link
 from adamw_triton.cards import find_card
+from adamw_triton.device import device_for
+from adamw_triton.pinned import host_bytes
+
+MEASURED_BYTES = 256 << 20
+"""Of each of four buffers: more than any cache holds."""
 
 
 class Rates(NamedTuple):
@@ -22,8 +28,10 @@ UNKNOWN = Rates(500e9, 18e9, "a guess: the card is in no table")
 
 
 def known(device: torch.device) -> Rates:
-    """By the card's name, without measuring."""
-    return named(torch.cuda.get_device_name(device)) if device.type == "cuda" else CPU
+    """By the card's name, without measuring; as measured if that has been done."""
+    if device.type != "cuda":
+        return CPU
+    return _found.get(device) or named(torch.cuda.get_device_name(device))
 
 
 def named(card: str) -> Rates:
@@ -33,3 +41,24 @@ def named(card: str) -> Rates:
     except ValueError:
         return UNKNOWN
     return Rates(found.bandwidth, found.link, f"known of the {found.name}")
+
+
+def measured(device: torch.device) -> Rates:
+    """Of a GPU that is here. Takes a fraction of a second, once a process, and an eighth of what is free at
+    most."""
+    if device not in _found:
+        size = max(1 << 20, min(MEASURED_BYTES, torch.cuda.mem_get_info(device)[0] // 16))
+        _found[device] = measure(device, size)
+    return _found[device]
+
+
+def measure(device: torch.device, size: int) -> Rates:
+    """With buffers of ``size`` bytes, two on the host and two on the device."""
+    hosts = [host_bytes(size, device) for _ in range(2)]
+    gpus = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = device_for(device)
+    both = link.measure(streams, hosts, gpus).both
+    return Rates(link.copy_rate(streams, gpus), both, "measured")
+
+
+_found: dict[torch.device, Rates] = {}

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from adamw_triton.cards import find_card
 from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
-from adamw_triton.doctor.link import Link
 from adamw_triton.doctor.machine import Gpu, User
+from adamw_triton.link import Link
 from adamw_triton.memory import Limit, format_bytes
 
 OLDEST_CAPABILITY = (7, 0)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adamw_triton.device import device_for
-from adamw_triton.doctor.link import Link, measure
+from adamw_triton.link import Link, measure
 from adamw_triton.memory import Limit, host_limit
 from adamw_triton.pinned import host_bytes
 

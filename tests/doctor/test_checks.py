@@ -9,8 +9,8 @@ import pytest
 
 from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
 from adamw_triton.doctor.checks import CHECKS, NEED_GPU, examine
-from adamw_triton.doctor.link import Link
 from adamw_triton.doctor.machine import Gpu, User
+from adamw_triton.link import Link
 from adamw_triton.memory import Limit
 
 GIB = 1 << 30

@@ -12,8 +12,8 @@ from torch import Tensor
 from adamw_triton.device import HostDevice
 from adamw_triton.doctor import OK, PROBLEM, WARNING, machine, trial
 from adamw_triton.doctor.checks import examine
-from adamw_triton.doctor.link import REPEATS, measure
 from adamw_triton.doctor.machine import Machine
+from adamw_triton.link import REPEATS, measure
 from adamw_triton.memory import host_limit
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,6 +21,7 @@ ROOMS = [
     {"optimizer", "planning"},
     {"auto"},
     {"selector", "ranks", "gpu", "rates"},
+    {"link"},
     {"batch", "store", "plans"},
     {"pager", "checkpoint", "table"},
     {"arguments"},

@@ -1,4 +1,5 @@
-"""How fast host memory reaches the GPU and back, and how fast when both ways are in use."""
+"""How fast host memory reaches the GPU and back, both at once too, and how fast the GPU's own
+memory is."""
 
 from __future__ import annotations
 
@@ -27,6 +28,13 @@ def measure(device: Device, hosts: Sequence[Tensor], gpus: Sequence[Tensor]) -> 
     to_host = (device.outbound, hosts[1], gpus[1])
     _rate(device, to_gpu, to_host)  # the first copies of a process set things up
     return Link(_rate(device, to_gpu), _rate(device, to_host), _rate(device, to_gpu, to_host))
+
+
+def copy_rate(device: Device, gpus: Sequence[Tensor]) -> float:
+    """Bytes a second that are read or written where one buffer is copied to another on the GPU."""
+    way = (device.compute, gpus[0], gpus[1])
+    _rate(device, way)
+    return 2 * _rate(device, way)
 
 
 def _rate(device: Device, *ways: tuple[Stream, Tensor, Tensor]) -> float:
