@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from adamw_triton import convert
 from adamw_triton._version import __version__
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
 
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adamw-triton {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     add_demo(commands)
+    convert.add(commands)
     return parser
 
 

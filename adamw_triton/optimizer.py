@@ -200,7 +200,9 @@ class AdamW(torch.optim.Optimizer):
             MemoryError: the host's memory is too small; nothing is changed then.
         """
         before, slots = (self.state, self.param_groups), self._store.slots
-        reader = checkpoint.Reader(lambda group: check_group({**_ADDED_KEYS, **group}, self._bits), slots)
+        reader = checkpoint.Reader(
+            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits), slots
+        )
         reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
             super().load_state_dict(state_dict)
@@ -285,8 +287,8 @@ class AdamW(torch.optim.Optimizer):
     def _check_consistent(self) -> None:
         if self._failure is not None:
             raise RuntimeError(
-                "an earlier step or load failed halfway: some parameters and their state have been updated and "
-                "others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
+                "an earlier step or load failed halfway: some parameters and their state have been updated "
+                "and others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
                 f"It had failed with {self._failure}"
             )
 

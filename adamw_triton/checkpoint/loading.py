@@ -84,7 +84,8 @@ class Reader:
     def _checked(self, entry: Entry, param: Tensor, name: str) -> Entry:
         saved = read(entry, name, as_real(param).shape)
         check_values(saved, name)
-        return {"step": saved.step, **{key: self._apart(part, param) for key, part in saved.parts.items()}}
+        parts = {key: self._apart(part, param) for key, part in saved.parts.items()}
+        return {"step": torch.tensor(saved.step, dtype=torch.float32), **parts}
 
     def _apart(self, part: Tensor, param: Tensor) -> Tensor:
         """A copy if it is the state of another parameter here, which may be overwritten before it is read."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint.dialects import Entry, read
@@ -91,7 +92,7 @@ def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
 
 def _own_storage(tensor: Tensor) -> Tensor:
     """The same memory, which it keeps alive, as a tensor whose storage is no larger than itself."""
-    return torch.from_dlpack(torch.to_dlpack(tensor))
+    return from_dlpack(to_dlpack(tensor))
 
 
 def _portable(entry: Entry, param: Tensor, name: str) -> dict[str, Any]:

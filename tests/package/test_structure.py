@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"demo", "convert"},
     {"__init__"},
     {"optimizer"},
     {"batch", "store"},

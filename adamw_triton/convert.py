@@ -1,0 +1,59 @@
+"""`adamw-triton convert`: a checkpoint of an AdamW's state from one form to another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from adamw_triton.checkpoint.conversion import FORMS, convert
+from adamw_triton.checkpoint.files import CheckpointError
+
+USAGE_ERROR = 2
+
+# The extra "convert" of pyproject.toml.
+PACKAGES = ("rich", "safetensors", "numpy")
+
+SUMMARY = "convert a checkpoint of an AdamW's state: ours, torch's, bitsandbytes' or torchao's"
+FORMS_HELP = (
+    "native: 8-bit state in our codes, other state in fp32; portable: all of it in fp32 under "
+    "torch.optim.AdamW's names; torch: that, with torch.optim.AdamW's groups"
+)
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `convert`."""
+    parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="a state_dict that torch.save wrote, or a .safetensors file of ours",
+    )
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file if it is called so")
+    parser.add_argument("--to", required=True, choices=tuple(FORMS), help=FORMS_HELP)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert; the exit code."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+
+        bar = partial(track, description=arguments.source.name, console=Console(stderr=True))
+        print(convert(arguments.source, arguments.target, arguments.to, bar))
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        return fail(f'the package {error.name} is missing: pip install "adamw-triton[convert]"')
+    except (CheckpointError, OSError) as error:
+        return fail(str(error))
+    return 0
+
+
+def fail(message: str) -> int:
+    """Say in one line what is wrong; the exit code for it."""
+    print(f"adamw-triton convert: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE_ERROR
