@@ -32,7 +32,7 @@ class _TorchaoState(Tensor):
     """Stands in for torchao's class when its files are read: only the attributes matter."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise NotImplementedError(f"{func} of torchao's state")
 
 
@@ -127,8 +127,8 @@ def _load_torch(path: Path) -> Any:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     lines = [line.strip() for line in str(error).splitlines()]
-    reasons = [line for line in lines if line.startswith("WeightsUnpickler error")] or lines or [repr(error)]
-    return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reasons[0]}")
+    reason = lines[0] if lines and not isinstance(error, pickle.UnpicklingError) else type(error).__name__
+    return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reason}")
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
