@@ -47,8 +47,12 @@ class Writer:
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         params = named(optimizer.param_groups)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        slots = [self.slots[id(param)] for param, _ in params if id(param) in self.slots]
-        views = views_of(slot for slot in slots if slot.is_shown_by(optimizer.state.get(slot.param, {})))
+        slots = [
+            self.slots[id(param)]
+            for param, _ in params
+            if optimizer.state.get(param) and id(param) in self.slots
+        ]
+        views = views_of(slot for slot in slots if slot.is_shown_by(optimizer.state[slot.param]))
         state = dict(state_dict["state"])
         for key, (param, name) in zip(keys, params, strict=True):
             if state.get(key):

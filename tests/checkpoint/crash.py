@@ -1,8 +1,8 @@
 """Runs that are killed at random moments: a program, since only processes can be killed.
 
-It imports torch once, and forks a child for each attempt. A child trains from the last checkpoint on and saves
-after every step; it is killed by SIGKILL somewhere in between, until the number of kills is reached, and the
-last one comes to its end. Prints one JSON line for each combination.
+It imports torch once, and forks a child for each attempt. A child trains from the last checkpoint on and
+saves after every step; it is killed by SIGKILL somewhere in between, until the number of kills is reached,
+and the last one comes to its end. Prints one JSON line for each combination.
 """
 
 from __future__ import annotations
@@ -111,10 +111,8 @@ def kill_and_resume(variant: str, dtype: torch.dtype, kills: int, rng: random.Ra
             assert wait(fork(lambda: train(folder, variant, dtype))) == 0
             runs += 1
             equal += result(folder, variant, dtype) == expected
-        return {
-            **{"variant": variant, "dtype": str(dtype), "kills": killed, "while_saving": while_saving},
-            **{"runs": runs, "equal": equal},
-        }
+        counts = {"kills": killed, "while_saving": while_saving, "runs": runs, "equal": equal}
+        return {"variant": variant, "dtype": str(dtype), **counts}
 
 
 def main() -> None:
