@@ -45,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         bar = partial(track, description=arguments.source.name, console=Console(stderr=True))
         print(convert(arguments.source, arguments.target, arguments.to, bar))
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        package = str(error.name).partition(".")[0]
+        if package not in PACKAGES:
             raise
-        return fail(f'the package {error.name} is missing: pip install "adamw-triton[convert]"')
+        return fail(f'the package {package} is missing: pip install "adamw-triton[convert]"')
     except (CheckpointError, OSError) as error:
         return fail(str(error))
     return 0

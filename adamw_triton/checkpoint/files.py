@@ -121,7 +121,7 @@ def _load_torch(path: Path) -> Any:
             what = f"{path} holds an object of {found[1]}"
             raise CheckpointError(f"{what}: unpickling it could run any code, so it is not loaded") from error
         raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
 
 
@@ -149,12 +149,13 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     for group in groups:
         group["betas"] = tuple(group["betas"])
     keys = {str(key): key for group in groups for key in group["params"]}
-    state: dict[Any, dict[str, Any]] = {}
+    state: dict[Any, dict[str, Any]] = {key: {} for key in keys.values()}
     for name, tensor in tensors.items():
         key, _, part = name.rpartition(".")
         if strides := described["strides"].get(name):
             tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(keys.get(key, key), {})[part] = tensor
+    state = {key: entry for key, entry in state.items() if entry}
     return {"state": state, "param_groups": groups, **described["others"]}
 
 
