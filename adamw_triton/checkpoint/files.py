@@ -36,10 +36,14 @@ class _TorchaoState(Tensor):
         raise NotImplementedError(f"{func} of torchao's state")
 
 
-_TORCHAO_NAMES = (
-    "torchao.optim.subclass_8bit.OptimState8bit",
-    "torchao.prototype.low_bit_optim.subclass_8bit.OptimState8bit",  # before 0.9
-)
+_TORCHAO = [
+    type("OptimState8bit", (_TorchaoState,), {"__module__": module})
+    for module in (
+        "torchao.optim.subclass_8bit",
+        "torchao.prototype.low_bit_optim.subclass_8bit",  # before 0.9
+    )
+]
+"""The unpickler goes by these names."""
 
 
 def load(path: Path) -> Any:
@@ -109,7 +113,7 @@ class Scratch:
 def _load_torch(path: Path) -> Any:
     path.open("rb").close()  # for the system's own words if there is no such file
     try:
-        with torch.serialization.safe_globals([(_TorchaoState, name) for name in _TORCHAO_NAMES]):
+        with torch.serialization.safe_globals(list(_TORCHAO)):
             try:
                 return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:

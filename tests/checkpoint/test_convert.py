@@ -300,8 +300,8 @@ print(max(highest, anonymous()) - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_memory_does_not_grow_with_the_checkpoint(suffix: str, tmp_path: Path) -> None:
-    """Beside the file's own pages, which the system takes back when it needs them: 128 MiB of fp32 pass by."""
-    params = [torch.zeros(1 << 19) for _ in range(32)]
+    """But for the pages of the files, which the system takes back at need: 64 MiB of fp32 pass by."""
+    params = [torch.zeros(1 << 19) for _ in range(16)]
     optimizer = AdamW(params, variant="8bit")
     for param in params:
         param.grad = torch.ones_like(param)
@@ -310,9 +310,11 @@ def test_memory_does_not_grow_with_the_checkpoint(suffix: str, tmp_path: Path) -
     code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n" + MEASURE
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "in.pt", tmp_path / f"out.{suffix}"],
+        # Freed blocks go back to the system: glibc would keep small ones, and their pieces add up.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert (tmp_path / f"out.{suffix}").stat().st_size > 128 << 20
-    assert json.loads(done.stdout) < 64 << 20
+    assert (tmp_path / f"out.{suffix}").stat().st_size > 64 << 20
+    assert json.loads(done.stdout) < 24 << 20

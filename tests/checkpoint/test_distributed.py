@@ -20,6 +20,9 @@ from tests.optimizer.problems import bits, state_bits, train
 
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 
+# There is no process group: torch says so each time.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 def model_and_optimizer(variant: str, seed: int = 0) -> tuple[nn.Module, AdamW]:
     torch.manual_seed(seed)

@@ -137,7 +137,7 @@ def test_map_location_with_a_gpu(variant: str, place: str, tmp_path: Path) -> No
 
 # --- Memory while saving ----------------------------------------------------------------------------------
 
-MIB = int(os.environ.get("ADAMW_TRITON_SAVED_MIB", "192"))
+MIB = int(os.environ.get("ADAMW_TRITON_SAVED_MIB", "64"))
 """Of state; ``ADAMW_TRITON_SAVED_MIB=1024 pytest tests/checkpoint/test_saving.py -k peak`` for 1 GiB."""
 
 MEASURE = """
