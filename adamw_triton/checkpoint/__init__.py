@@ -1,7 +1,8 @@
 """State in and out of the optimizer.
 
-``dialects`` is the table of what AdamW optimizers call and how they code their state; ``loading`` checks a
-whole state_dict and places it into the flat buffers; ``saving`` makes one; ``files`` reads and writes them.
+``dialects`` is the table of what AdamW optimizers call their state and how they code it, ``entries`` reads
+one parameter's by it; ``loading`` checks a whole state_dict and places it into the flat buffers; ``saving``
+makes one; ``files`` reads and writes them, and ``conversion`` makes one file of another.
 """
 
 from adamw_triton.checkpoint.loading import Reader, place, unbox

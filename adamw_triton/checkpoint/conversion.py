@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint import files
-from adamw_triton.checkpoint.dialects import Saved, check_values, read
+from adamw_triton.checkpoint.entries import Saved, check_values, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
-from adamw_triton.checkpoint.loading import check_version
+from adamw_triton.checkpoint.loading import check_form
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state import Blockwise8, Moments
 
@@ -73,7 +73,7 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
     form = FORMS[to]
     state_dict = files.load(source)
     try:
-        check_version(state_dict)
+        check_form(state_dict)
         converted = _converted(state_dict, form, Scratch(target.parent), track)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -84,29 +84,22 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
 def _converted(state_dict: Mapping[str, Any], form: Form, scratch: Scratch, track: Track) -> dict[str, Any]:
     groups, old = state_dict["param_groups"], state_dict["state"]
     names = dict(named(groups))
-    if strange := [key for key in old if key not in names]:
-        raise ValueError(f"the state has entries for {strange}, which are in no group of its param_groups")
     state = {}
     for key in track(list(old)):
         if old[key]:
             saved = read(old[key], names[key])
             check_values(saved, names[key])
-            state[key] = {
-                "step": torch.tensor(saved.step, dtype=torch.float32),
-                **_tensors(saved, form, scratch),
-            }
+            step = torch.tensor(saved.step, dtype=torch.float32)
+            state[key] = {"step": step, **_tensors(saved, form, scratch)}
     return {"state": state, "param_groups": [form.group(group) for group in groups], **form.extra}
 
 
 def _tensors(saved: Saved, form: Form, scratch: Scratch) -> dict[str, Tensor]:
     if form.keeps_codes and saved.format is not None:
         return saved.parts
-    moments = saved.moments()
-    return (
-        _encoded(moments, scratch)
-        if form.keeps_codes and saved.dialect.coded
-        else _kept(moments, saved, scratch)
-    )
+    if form.keeps_codes and saved.dialect.coded:
+        return _encoded(saved.moments(), scratch)
+    return _kept(saved.moments(), saved, scratch)
 
 
 def _encoded(moments: Moments, scratch: Scratch) -> dict[str, Tensor]:

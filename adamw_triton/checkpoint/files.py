@@ -101,7 +101,8 @@ class Scratch:
         file, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
         try:
             try:
-                os.posix_fallocate(file, 0, nbytes)  # a full disk says so here, and not by a signal later
+                if hasattr(os, "posix_fallocate"):  # a full disk says so here, and not by a signal later
+                    os.posix_fallocate(file, 0, nbytes)
             finally:
                 os.close(file)
             flat = torch.from_file(name, shared=True, size=shape.numel(), dtype=dtype)
@@ -149,6 +150,13 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has no {_METADATA!r} in its metadata: it was not written by adamw-triton convert"
         )
+    try:
+        return _assembled(described, tensors)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _assembled(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     groups = described["param_groups"]
     for group in groups:
         group["betas"] = tuple(group["betas"])
@@ -158,7 +166,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         key, _, part = name.rpartition(".")
         if strides := described["strides"].get(name):
             tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(keys.get(key, key), {})[part] = tensor
+        state[keys[key]][part] = tensor
     state = {key: entry for key, entry in state.items() if entry}
     return {"state": state, "param_groups": groups, **described["others"]}
 

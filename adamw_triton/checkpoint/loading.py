@@ -6,6 +6,7 @@ included. So tensors go through it in boxes.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import named
-from adamw_triton.checkpoint.dialects import Entry, check_values, flat_of, read
+from adamw_triton.checkpoint.entries import Entry, check_values, flat_of, read
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state import Slot, as_real
 
 Groups = Sequence[dict[str, Any]]
+
+_NEEDED = {"lr", "betas", "eps", "weight_decay", "params"}
 
 _log = logging.getLogger("adamw_triton")
 
@@ -48,28 +51,19 @@ class Reader:
         Raises:
             ValueError: what is wrong with which parameter, or with which group.
         """
-        check_version(state_dict)
+        check_form(state_dict)
         saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
-        _check_groups(saved_groups, groups)
+        _check_same(saved_groups, groups)
         for index, group in enumerate(saved_groups):
             self._check_hyperparameters(group, index)
         state = dict(state_dict["state"])
-        known = [key for group in saved_groups for key in group["params"]]
-        if strange := [key for key in state if key not in set(known)]:
-            raise ValueError(
-                f"the state has entries for {strange}, which are in no group of its param_groups"
-            )
-        for key, (param, name) in zip(known, named(groups), strict=True):
+        keys = [key for group in saved_groups for key in group["params"]]
+        for key, (param, name) in zip(keys, named(groups), strict=True):
             if state.get(key):
                 state[key] = _Box(self._checked(state[key], param, name))
         return {**state_dict, "state": state}
 
     def _check_hyperparameters(self, group: dict[str, Any], index: int) -> None:
-        if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]:
-            raise ValueError(
-                f"param_groups[{index}] is no AdamW's: it has no {', '.join(missing)}, "
-                f"only {', '.join(map(str, group))}"
-            )
         try:
             self.check_group(group)
         except (TypeError, ValueError) as error:
@@ -87,38 +81,51 @@ class Reader:
         parts = {key: self._apart(part, param) for key, part in saved.parts.items()}
         return {"step": torch.tensor(saved.step, dtype=torch.float32), **parts}
 
+    @functools.cached_property
+    def _arrays(self) -> list[Tensor]:
+        buffers = dict.fromkeys(slot.buffer for slot in self.slots.values())
+        return [array for buffer in buffers for array in buffer.arrays.values()]
+
     def _apart(self, part: Tensor, param: Tensor) -> Tensor:
         """A copy if it is the state of another parameter here, which may be overwritten before it is read."""
-        buffers = dict.fromkeys(slot.buffer for slot in self.slots.values())
-        if not any(_overlap(part, array) for buffer in buffers for array in buffer.arrays.values()):
+        if not any(_overlap(part, array) for array in self._arrays):
             return part
         own = self.slots.get(id(param))
         is_own = own is not None and any(_overlap(part, array) for array in own.flat().values())
         return part if is_own else part.clone()
 
 
-def check_version(state_dict: Mapping[str, Any]) -> None:
+def check_form(state_dict: Any) -> None:
     """
     Raises:
-        ValueError: it is no state_dict of an optimizer, or a newer release's.
+        ValueError: it is no state_dict of an AdamW, or a newer release's.
     """
-    for key in ("state", "param_groups"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
-            has = (
-                f"it has {sorted(map(str, state_dict))[:20]}"
-                if isinstance(state_dict, Mapping)
-                else "no dict"
-            )
-            raise ValueError(f"not an optimizer's state_dict, which has 'state' and 'param_groups': {has}")
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        has = list(state_dict)[:20] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"not an optimizer's state_dict, which has 'state' and 'param_groups': it has {has}")
     version = state_dict.get(VERSION_KEY, VERSION)
     if version not in range(1, VERSION + 1):
         raise ValueError(
             f"the state_dict has {VERSION_KEY}={version!r}, and this release reads up to {VERSION}: load it "
             "with the release that wrote it, or a newer one"
         )
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+        raise ValueError("not an optimizer's state_dict: state is no dict, or param_groups no list")
+    for index, group in enumerate(groups):
+        if missing := sorted(_NEEDED - set(group)):
+            raise ValueError(
+                f"param_groups[{index}] is no AdamW's: it has no {', '.join(missing)}, "
+                f"only {', '.join(map(str, group))}"
+            )
+        if len(group.get("param_names", group["params"])) != len(group["params"]):
+            raise ValueError(f"param_groups[{index}] has not as many param_names as params")
+    keys = {key for group in groups for key in group["params"]}
+    if strange := [key for key in state if key not in keys]:
+        raise ValueError(f"the state has entries for {strange}, which are in no group of its param_groups")
 
 
-def _check_groups(saved: Groups, groups: Groups) -> None:
+def _check_same(saved: Groups, groups: Groups) -> None:
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
     names, saved_names = (
         [name for group in some for name in group.get("param_names", ())] for some in (groups, saved)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.arguments import named
-from adamw_triton.checkpoint.dialects import Entry, read
+from adamw_triton.checkpoint.entries import Entry, read
 from adamw_triton.state import Slot, StateBuffer, as_real
 
 VERSION_KEY = "adamw_triton_version"

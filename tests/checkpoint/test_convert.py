@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.conversion import convert
 from adamw_triton.cli import main
 from tests.checkpoint import release_0
+from tests.checkpoint.crash import IN_MEMORY
 from tests.checkpoint.sources import HYPER, SOURCES, meaning, trained
 from tests.optimizer.problems import bits, parameters, state_bits, train
 
@@ -210,6 +212,35 @@ def test_files_of_something_else(value: Any, tmp_path: Path, capsys: pytest.Capt
     assert "not an optimizer's state_dict" in refused(tmp_path / "bad.pt", tmp_path / "out.pt", capsys)
 
 
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "state": ({"state": [1]}, "state is no dict"),
+    "groups": ({"param_groups": {"lr": 1}}, "param_groups no list"),
+    "no params": ({"param_groups": [{**HYPER}]}, "is no AdamW's: it has no params"),
+    "SGD's": ({"param_groups": [{"lr": 1.0, "params": [0]}]}, "is no AdamW's: it has no betas, eps"),
+    "names": (
+        {"param_groups": [{**HYPER, "params": [0, 1], "param_names": ["a"]}]},
+        "not as many param_names",
+    ),
+    "entries": ({"state": {5: {}}, "param_groups": [{**HYPER, "params": [0]}]}, r"entries for [5]"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_state_dict(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = MALFORMED[kind]
+    torch.save({"state": {}, "param_groups": [], **change}, tmp_path / "bad.pt")
+    assert message in refused(tmp_path / "bad.pt", tmp_path / "out.safetensors", capsys)
+
+
+def test_malformed_metadata(good: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    for number, described in enumerate(("{", "{}", '{"param_groups": [{"params": []}]}', "[1]")):
+        path = tmp_path / f"bad{number}.safetensors"
+        save_file({"0.step": torch.zeros(())}, path, metadata={"adamw_triton": described})
+        assert "is cut short, damaged or no checkpoint" in refused(path, tmp_path / "out.pt", capsys)
+
+
 def test_a_safetensors_file_of_someone_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_file
 
@@ -285,36 +316,38 @@ def anonymous():
     return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) << 10
 
 source, target = map(Path, sys.argv[1:3])
-convert(source, target, "torch")  # imports of torch's own
+convert(source, target, "portable")  # imports of torch's own
 before, highest = anonymous(), 0
 def track(keys):
     global highest
     for key in keys:
         yield key
         highest = max(highest, anonymous())
-convert(source, target, "torch", track)
+convert(source, target, "portable", track)
 print(max(highest, anonymous()) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_memory_does_not_grow_with_the_checkpoint(suffix: str, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_checkpoint(suffix: str) -> None:
     """But for the pages of the files, which the system takes back at need: 64 MiB of fp32 pass by."""
     params = [torch.zeros(1 << 19) for _ in range(16)]
     optimizer = AdamW(params, variant="8bit")
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "in.pt")
     code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n" + MEASURE
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "in.pt", tmp_path / f"out.{suffix}"],
-        # Freed blocks go back to the system: glibc would keep small ones, and their pieces add up.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (tmp_path / f"out.{suffix}").stat().st_size > 64 << 20
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
+        source, target = Path(folder, "in.pt"), Path(folder, f"out.{suffix}")
+        torch.save(optimizer.state_dict(), source)
+        done = subprocess.run(
+            [sys.executable, "-c", code, source, target],
+            # Freed blocks go back to the system: glibc would keep small ones, and their pieces add up.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert target.stat().st_size > 64 << 20
     assert json.loads(done.stdout) < 24 << 20
