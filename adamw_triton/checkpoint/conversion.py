@@ -14,7 +14,7 @@ from adamw_triton.arguments import named
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.entries import Saved, check_values, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
-from adamw_triton.checkpoint.loading import check_form
+from adamw_triton.checkpoint.loading import check_form, check_keys
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state import Blockwise8, Moments
 
@@ -74,6 +74,7 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
     state_dict = files.load(source)
     try:
         check_form(state_dict)
+        check_keys(state_dict)
         converted = _converted(state_dict, form, Scratch(target.parent), track)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error

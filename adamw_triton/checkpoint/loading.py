@@ -54,6 +54,7 @@ class Reader:
         check_form(state_dict)
         saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
         _check_same(saved_groups, groups)
+        check_keys(state_dict)
         for index, group in enumerate(saved_groups):
             self._check_hyperparameters(group, index)
         state = dict(state_dict["state"])
@@ -120,8 +121,15 @@ def check_form(state_dict: Any) -> None:
             )
         if len(group.get("param_names", group["params"])) != len(group["params"]):
             raise ValueError(f"param_groups[{index}] has not as many param_names as params")
-    keys = {key for group in groups for key in group["params"]}
-    if strange := [key for key in state if key not in keys]:
+
+
+def check_keys(state_dict: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: there is state of no parameter.
+    """
+    keys = {key for group in state_dict["param_groups"] for key in group["params"]}
+    if strange := [key for key in state_dict["state"] if key not in keys]:
         raise ValueError(f"the state has entries for {strange}, which are in no group of its param_groups")
 
 
