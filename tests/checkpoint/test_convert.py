@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.checkpoint import files
-from adamw_triton.checkpoint.conversion import convert
+from adamw_triton.checkpoint.conversion import FORMS, convert
 from adamw_triton.cli import main
 from tests.checkpoint import release_0
 from tests.checkpoint.crash import IN_MEMORY
@@ -34,7 +34,7 @@ def copies(params: list[Parameter]) -> list[Parameter]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("to", ["native", "portable", "torch"])
+@pytest.mark.parametrize("to", FORMS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_into_every_form(source: str, to: str, suffix: str, tmp_path: Path) -> None:
     params, optimizer = trained(source)
@@ -308,7 +308,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from adamw_triton.checkpoint.conversion import convert
+from adamw_triton.checkpoint.conversion import FORMS, convert
 import safetensors.torch, rich.progress
 
 def anonymous():
