@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +132,15 @@ def name_of(group: dict[str, Any], group_index: int, index: int) -> str:
     if "param_names" in group:
         return f"parameter {group['param_names'][index]!r}"
     return f"parameter {index} of group {group_index}"
+
+
+def named(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
+    """Each parameter of all groups, or the index that stands for it, with what messages call it."""
+    return [
+        (param, name_of(group, group_index, index))
+        for group_index, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+    ]
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from adamw_triton._version import __version__
-from adamw_triton.commands import doctor, fail, plan
+from adamw_triton.commands import convert, doctor, fail, plan
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
 
 INTERRUPTED = 130
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_demo(commands)
     plan.add(commands)
     doctor.add(commands)
+    convert.add(commands)
     return parser
 
 

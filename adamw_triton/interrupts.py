@@ -49,17 +49,21 @@ class WholeSteps:
             try:
                 yield
             except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}"
+                self.fail(error)
                 raise
+
+    def fail(self, error: BaseException) -> None:
+        """Refuse to go on, because of this error."""
+        self._failure = f"{type(error).__name__}: {error}"
 
     def check(self) -> None:
         """
         Raises:
-            RuntimeError: a step failed halfway.
+            RuntimeError: a step or a load failed halfway.
         """
         if self._failure is not None:
             raise RuntimeError(
-                "an earlier step failed halfway: some parameters and their state have been updated and "
-                "others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
+                "an earlier step or load failed halfway: some parameters and their state have been updated "
+                "and others not. Load a checkpoint of the model and then of the optimizer (load_state_dict). "
                 f"It had failed with {self._failure}"
             )

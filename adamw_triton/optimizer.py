@@ -21,7 +21,7 @@ from adamw_triton.arguments import (
 )
 from adamw_triton.auto import Auto, Chooser, Fixed
 from adamw_triton.batch import Batch, Item, pair_of
-from adamw_triton.interrupts import WholeSteps
+from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
 from adamw_triton.plans import Plan
 from adamw_triton.selector import bits_of
 from adamw_triton.state import Format, as_real, format_for
@@ -191,38 +191,60 @@ class AdamW(torch.optim.Optimizer):
         state by format ("32bit", "8bit"). Empty of state before the first step."""
         return self._store.memory()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. 32-bit state has torch.optim.AdamW's names; 8-bit state its codes and scales,
-        exactly. Call it between steps; the tensors are views of the live state.
+    def state_dict(self, *, state_format: str = "native") -> dict[str, Any]:
+        """As torch's. Call it between steps.
+
+        Args:
+            state_format: ``"native"`` for the state as it is, exactly: 32-bit state under
+                torch.optim.AdamW's names, 8-bit state as codes and scales, all of them views of the live
+                state. ``"portable"`` for fp32 under torch.optim.AdamW's names, which any AdamW loads; 8-bit
+                state is decoded for it into host memory, 8 bytes an element.
 
         Raises:
             RuntimeError: a step failed halfway and left parameters inconsistent.
         """
+        writer = checkpoint.Writer(state_format, self._store.slots)
         self._whole.check()
         self._store.finish()
-        return super().state_dict()
+        writing = self.register_state_dict_post_hook(writer, prepend=True)  # before the user's own
+        try:
+            return super().state_dict()
+        finally:
+            writing.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of ours, of any variant, or of torch.optim.AdamW or Adam.
+        """Load a state of ours, of any variant and form, of torch.optim.AdamW or Adam, of bitsandbytes'
+        AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant.
 
         Raises:
-            ValueError: a parameter's state has unknown or missing entries or a wrong shape; nothing
-                is changed then.
+            ValueError: what is wrong with which parameter or group; nothing is changed then.
+            MemoryError: the host's memory is too small; nothing is changed then.
         """
-        checkpoint.check(state_dict, self.param_groups)
-        boxing = self.register_load_state_dict_pre_hook(checkpoint.box)  # behind the user's own
+        before, slots = (self.state, self.param_groups), self._store.slots
+        reader = checkpoint.Reader(
+            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits), slots
+        )
+        reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
             super().load_state_dict(state_dict)
+            if self._chooser.decided:
+                with DeferredInterrupt(), torch.no_grad():
+                    self._reserve(stateful_only=not slots)
+        except BaseException as error:
+            self.state, self.param_groups = before
+            if not slots:
+                self._reset()
+            elif self._store.disturbed:  # memory ran out while the old state was being overwritten
+                self._whole.fail(error)
+            raise
         finally:
-            boxing.remove()
-        self._reset()
-        if self._chooser.decided:
-            with torch.no_grad():
-                self._reserve(stateful_only=True)
+            reading.remove()
+        self._whole = WholeSteps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
-        self._reset()
+        if "_store" not in self.__dict__:  # unpickled
+            self._reset()
         for group in self.param_groups:
             for key, value in _ADDED_KEYS.items():
                 group.setdefault(key, value)

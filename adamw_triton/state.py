@@ -145,27 +145,36 @@ class Slot:
             array.zero_()
         self.entry = {}
 
-    def flat(self) -> dict[str, Tensor]:
-        """The slot's range of each array, one-dimensional, in memory order."""
+    def flat(self, arrays: Mapping[str, Tensor] | None = None, begin: int = 0) -> dict[str, Tensor]:
+        """The slot's range of each array, one-dimensional, in memory order.
+
+        Args:
+            arrays: parts of the buffer's arrays from the element ``begin`` on; the whole ones if None.
+        """
+        arrays = self.buffer.arrays if arrays is None else arrays
         ranges = {}
         for array in self.format.arrays:
-            first = self.start // array.per
-            ranges[array.name] = self.buffer.arrays[array.name][first : first - (-self.numel // array.per)]
+            first = (self.start - begin) // array.per
+            ranges[array.name] = arrays[array.name][first : first - (-self.numel // array.per)]
         return ranges
 
-    def attach(self) -> dict[str, Any]:
-        """Make ``entry``: the arrays in the parameter's shape, scales flat, and the step count. What is
-        returned is a copy: others may change theirs, and ours says what it was."""
+    def shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ranges as others see them: in the parameter's shape, scales flat."""
         shape = as_real(self.param).shape
-        flat = self.flat()
-        self.entry = {"step": self.buffer.steps[self.index]}
+        views = {}
         for array in self.format.arrays:
             view = flat[array.name]
             if array.per == 1:
                 view = view.as_strided(shape, self.strides)
                 if self.param.is_complex() and view.dtype is torch.float32:
                     view = torch.view_as_complex(view)
-            self.entry[array.name] = view
+            views[array.name] = view
+        return views
+
+    def attach(self) -> dict[str, Any]:
+        """Make ``entry``: the shaped ranges and the step count. What is returned is a copy: others may
+        change theirs, and ours says what it was."""
+        self.entry = {"step": self.buffer.steps[self.index], **self.shaped(self.flat())}
         return dict(self.entry)
 
 

@@ -75,6 +75,11 @@ class Store:
 
     # Slots
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether a ``reserve`` has begun to write and did not come to its end."""
+        return self._shown is None and bool(self.slots)
+
     def intact(self, state: State) -> bool:
         """Whether ``state`` shows our buffers and nothing that someone else put there: loaders move its
         tensors about."""

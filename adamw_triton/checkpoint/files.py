@@ -1,0 +1,198 @@
+"""Checkpoint files: torch's and safetensors, read lazily and written whole or not at all.
+
+A safetensors file holds flat tensors named ``<parameter>.<part>``; the groups, as JSON, are in its metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+
+_METADATA = "adamw_triton"
+_LARGE = 1 << 20  # bytes; smaller decoded tensors are not worth a file
+
+
+class CheckpointError(Exception):
+    """A file cannot be read, or not hold what it should."""
+
+
+class _TorchaoState(Tensor):
+    """Stands in for torchao's class when its files are read: only the attributes matter."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{func} of torchao's state")
+
+
+_TORCHAO = [
+    type("OptimState8bit", (_TorchaoState,), {"__module__": module})
+    for module in (
+        "torchao.optim.subclass_8bit",
+        "torchao.prototype.low_bit_optim.subclass_8bit",  # before 0.9
+    )
+]
+"""The unpickler goes by these names."""
+
+
+def load(path: Path) -> Any:
+    """What the file holds, on the CPU; tensors are read from the disk when they are used.
+
+    Raises:
+        CheckpointError: it is damaged, or has objects that could run code.
+        OSError: it cannot be opened.
+    """
+    return _load_safetensors(path) if path.suffix == SAFETENSORS else _load_torch(path)
+
+
+def save(state_dict: dict[str, Any], path: Path) -> None:
+    """Write a state_dict; ``path`` has all of it at once, or is as it was.
+
+    Raises:
+        CheckpointError: a group holds what a safetensors file cannot.
+        OSError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        if path.suffix == SAFETENSORS:
+            _save_safetensors(state_dict, temporary)
+        else:
+            try:
+                torch.save(state_dict, temporary)
+            except RuntimeError as error:  # a full disk, in torch's words
+                raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes the place of ``path`` once all is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Scratch:
+    """Room for decoded tensors in files without a name, in ``folder``: they take no memory that the system
+    could not take back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        nbytes = shape.numel() * dtype.itemsize
+        if nbytes < _LARGE:
+            return torch.empty(shape, dtype=dtype)
+        file, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
+        try:
+            try:
+                if hasattr(os, "posix_fallocate"):  # a full disk says so here, and not by a signal later
+                    os.posix_fallocate(file, 0, nbytes)
+            finally:
+                os.close(file)
+            flat = torch.from_file(name, shared=True, size=shape.numel(), dtype=dtype)
+        finally:
+            Path(name).unlink()
+        return flat.view(shape)
+
+
+def _load_torch(path: Path) -> Any:
+    path.open("rb").close()  # for the system's own words if there is no such file
+    try:
+        with torch.serialization.safe_globals(list(_TORCHAO)):
+            try:
+                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"{path} holds an object of {found[1]}"
+            raise CheckpointError(f"{what}: unpickling it could run any code, so it is not loaded") from error
+        raise _damaged(path, error) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = lines[0] if lines and not isinstance(error, pickle.UnpicklingError) else type(error).__name__
+    return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reason}")
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    import safetensors
+
+    path.open("rb").close()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get(_METADATA, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from error
+    if described is None:
+        raise CheckpointError(
+            f"{path} has no {_METADATA!r} in its metadata: it was not written by adamw-triton convert"
+        )
+    try:
+        return _assembled(described, tensors)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _assembled(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    groups = described["param_groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    keys = {str(key): key for group in groups for key in group["params"]}
+    state: dict[Any, dict[str, Any]] = {key: {} for key in keys.values()}
+    for name, tensor in tensors.items():
+        key, _, part = name.rpartition(".")
+        if strides := described["strides"].get(name):
+            tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+        state[keys[key]][part] = tensor
+    state = {key: entry for key, entry in state.items() if entry}
+    return {"state": state, "param_groups": groups, **described["others"]}
+
+
+def _save_safetensors(state_dict: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for index, group in enumerate(state_dict["param_groups"]):
+        for key, value in group.items():
+            try:
+                json.dumps(value, default=_number)
+            except TypeError as error:
+                what = f"param_groups[{index}][{key!r}] is a {type(value).__name__}"
+                raise CheckpointError(f"{what}, which a safetensors file cannot hold") from error
+    named = {f"{key}.{part}": t for key, entry in state_dict["state"].items() for part, t in entry.items()}
+    described = {
+        "param_groups": state_dict["param_groups"],
+        # Scales count blocks in memory order, which a safetensors file does not keep by itself.
+        "strides": {name: tensor.stride() for name, tensor in named.items() if not tensor.is_contiguous()},
+        "others": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
+    }
+    metadata = {_METADATA: json.dumps(described, default=_number)}
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata=metadata)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError

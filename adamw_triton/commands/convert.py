@@ -1,0 +1,51 @@
+"""`adamw-triton convert`: a checkpoint of an AdamW's state from one form to another."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from adamw_triton.commands import fail
+
+# The extra "convert" of pyproject.toml.
+PACKAGES = ("rich", "safetensors", "numpy")
+
+SUMMARY = "convert a checkpoint of an AdamW's state: ours, torch's, bitsandbytes' or torchao's"
+FORMS = {
+    "native": "8-bit state in our codes, other state in fp32",
+    "portable": "all of it in fp32 under torch.optim.AdamW's names",
+    "torch": "that, with torch.optim.AdamW's groups",
+}
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `convert`."""
+    parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
+    parser.set_defaults(run=convert)
+    source_help = "a state_dict that torch.save wrote, or a .safetensors file of ours"
+    parser.add_argument("source", metavar="IN", type=Path, help=source_help)
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file if it is called so")
+    explained = "; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
+    parser.add_argument("--to", required=True, choices=tuple(FORMS), help=explained)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert; the exit code."""
+    from adamw_triton.checkpoint import conversion
+    from adamw_triton.checkpoint.files import CheckpointError
+
+    try:
+        from rich.console import Console
+        from rich.progress import track
+
+        bar = partial(track, description=arguments.source.name, console=Console(stderr=True))
+        print(conversion.convert(arguments.source, arguments.target, arguments.to, bar))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        return fail("convert", f'the package {package} is missing: pip install "adamw-triton[convert]"')
+    except (CheckpointError, OSError) as error:
+        return fail("convert", str(error))
+    return 0
