@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +127,7 @@ def check_grad(param: Tensor, grad: Tensor, group: dict[str, Any], group_index: 
         raise TypeError(f"the gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
 
 
-def name_of(group: dict[str, Any], group_index: int, index: int) -> str:
+def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
     """What messages call a parameter: its own name if the user passed named parameters."""
     if "param_names" in group:
         return f"parameter {group['param_names'][index]!r}"

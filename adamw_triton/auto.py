@@ -19,10 +19,11 @@ from torch import Tensor
 
 from adamw_triton import gpu, rates
 from adamw_triton.memory import format_bytes, host_limit
+from adamw_triton.placement import Policy
 from adamw_triton.plans import Candidate, Limits, Plan
 from adamw_triton.ranks import agree
 from adamw_triton.selector import Demand, Trained, select
-from adamw_triton.store import Policy, State
+from adamw_triton.store import State
 
 SPILLED_AT_ONCE = 512 << 20
 """Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times

@@ -20,15 +20,13 @@ from adamw_triton.arguments import (
     name_of,
 )
 from adamw_triton.auto import Auto, Chooser, Fixed
-from adamw_triton.batch import Batch, Item, pair_of
+from adamw_triton.batch import Item, pair_of
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
+from adamw_triton.placement import Policy
 from adamw_triton.plans import Plan
-from adamw_triton.selector import bits_of
-from adamw_triton.state import Format, as_real, format_for
-from adamw_triton.store import Policy, Store, Wanted
-
-_KEPT_BATCHES = 16
-"""Sets of parameters whose launches are kept, for training that alternates between a few."""
+from adamw_triton.reservations import Reservations
+from adamw_triton.state import as_real
+from adamw_triton.store import Store
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
@@ -70,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
         TypeError: a parameter's dtype is not supported.
     """
 
-    _store: Store
+    _places: Reservations
     _whole: WholeSteps
 
     def __init__(
@@ -107,6 +105,10 @@ class AdamW(torch.optim.Optimizer):
         }
         check_group(defaults, bits)
         super().__init__(params, defaults)
+
+    @property
+    def _store(self) -> Store:
+        return self._places.store
 
     @property
     def plan(self) -> Plan | None:
@@ -157,7 +159,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, items: list[Item]) -> None:
-        batch = self._batch_for(items)
+        batch = self._places.batch_of(items)
         pairs = [pair_of(item) for item in items]
         loss_scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
@@ -178,12 +180,14 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
         """
-        self._settle()
+        self._whole.check()
+        self._places.settle(self.param_groups, self.state)
         self._store.offload(self.state)
 
     def reload(self) -> None:
         """Take state back to where it was before ``offload()``."""
-        self._settle()
+        self._whole.check()
+        self._places.settle(self.param_groups, self.state)
         self._store.reload(self.state)
 
     def memory(self) -> dict[str, int]:
@@ -229,7 +233,7 @@ class AdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
             if self._chooser.decided:
                 with DeferredInterrupt(), torch.no_grad():
-                    self._reserve(stateful_only=not slots)
+                    self._places.reserve(self.param_groups, self.state, stateful_only=not slots)
         except BaseException as error:
             self.state, self.param_groups = before
             if not slots:
@@ -243,7 +247,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
-        if "_store" not in self.__dict__:  # unpickled
+        if "_places" not in self.__dict__:  # unpickled
             self._reset()
         for group in self.param_groups:
             for key, value in _ADDED_KEYS.items():
@@ -258,11 +262,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
-        policy = self._store.policy if hasattr(self, "_store") else self._chooser.policy
-        self._store = Store(policy, self.transfer)
-        self._chooser.attach(self._held, self._spill)
-        self._formats_key: list[tuple[Any, Any]] = []
-        self._batches: dict[tuple[Any, ...], Batch] = {}
+        policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
+        self._places = Reservations(self._chooser, policy, self.transfer, self.block_size)
+        self._chooser.attach(self._store.on_gpu, self._spill)
         self._whole = WholeSteps()
 
     # One step: gather and check, find each parameter's place, group into launches, then write.
@@ -271,7 +273,7 @@ class AdamW(torch.optim.Optimizer):
         """All parameters that have gradients, checked, each with its slot."""
         found: list[tuple[int, int, Tensor, Tensor]] = []
         slots = self._store.slots
-        ready = self._intact()
+        ready = self._places.intact(self.param_groups, self.state)
         for group_index, group in enumerate(self.param_groups):
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
@@ -284,72 +286,13 @@ class AdamW(torch.optim.Optimizer):
                     ready = False
                 found.append((group_index, index, param, grad))
         if not ready:
-            if not self._chooser.decided:
-                self._chooser.decide(self.param_groups, self.state)
-                self._store.policy = self._chooser.policy
-            self._reserve()
+            self._places.reserve(self.param_groups, self.state)
         self._store.reload(self.state)
         slots = self._store.slots
         return [Item(group, slots[id(param)], param, grad) for group, _, param, grad in found]
-
-    def _batch_for(self, items: list[Item]) -> Batch:
-        """Kept for steps on the same parameters."""
-        key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        batch = self._batches.get(key)
-        if batch is None:
-            if len(self._batches) >= _KEPT_BATCHES:
-                self._batches.clear()
-            batch = self._batches[key] = Batch(items, self._store.page_elements)
-        return batch
-
-    def _trained(self, stateful_only: bool = False) -> list[Wanted]:
-        """Parameters that have state or, unless ``stateful_only``, can have."""
-        found = []
-        for group_index, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                trained = not stateful_only and (param.requires_grad or param.grad is not None)
-                if trained or param in self.state:
-                    name = name_of(group, group_index, index)
-                    found.append(Wanted(param, name, self._format_of(param, group)))
-        return found
-
-    def _format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
-        bits = bits_of(group["state_bits"], group["amsgrad"], self._chooser.bits)
-        return format_for(as_real(param).numel(), bits, self.block_size, bool(group["amsgrad"]))
-
-    def _intact(self) -> bool:
-        """Whether ``state`` is as we left it, and the groups still ask for the formats it has."""
-        return self._formats_key == self._wanted_formats() and self._store.intact(self.state)
-
-    def _settle(self) -> None:
-        """Take over whatever ``state`` shows."""
-        self._whole.check()
-        if not self._intact():
-            self._reserve(stateful_only=True)
-
-    def _wanted_formats(self) -> list[tuple[Any, Any]]:
-        return [(group["amsgrad"], group["state_bits"]) for group in self.param_groups]
-
-    def _reserve(self, *, stateful_only: bool = False) -> None:
-        """Give all parameters, or those that have state, their places."""
-        self._batches.clear()
-        while True:
-            try:
-                self._store.reserve(self._trained(stateful_only), self.state)
-                break
-            except torch.OutOfMemoryError:
-                if not self._chooser.retreat():
-                    raise
-                self._store.policy = self._chooser.policy
-        self._formats_key = self._wanted_formats()
-
-    def _held(self, device: torch.device) -> int:
-        """Bytes of state and staging on a GPU."""
-        return self._store.on_gpu(device)
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread
         calls this while the user's waits for it."""
         with torch.no_grad():
-            self._batches.clear()
-            return self._store.spill(device, nbytes, self._trained(), self.state)
+            return self._places.spill(device, nbytes, self.param_groups, self.state)

@@ -6,8 +6,10 @@ machine is what it would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from adamw_triton.memory import format_bytes
 from adamw_triton.state import Format, nbytes, round_up
@@ -25,6 +27,20 @@ GRAIN = 2048
 multiple of 16 bytes, as the kernels are compiled to expect."""
 CARVED = 256
 """Bytes; where an array may begin in a staging buffer."""
+
+
+class Policy(NamedTuple):
+    """Where state may live.
+
+    ``paged``: also in host memory. Then ``budgets`` are the bytes that state and staging may take on a GPU,
+    ``budget`` those on a GPU that is not among them; None for staging alone. ``grain``: bytes that are
+    spilled at a time, at least; None if there will be no spilling.
+    """
+
+    paged: bool
+    budget: int | None = None
+    budgets: Mapping[torch.device, int | None] = {}
+    grain: int | None = None
 
 
 class Ring(NamedTuple):

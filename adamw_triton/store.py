@@ -7,7 +7,7 @@ import itertools
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from adamw_triton.device import device_for
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory import require_host
 from adamw_triton.pager import Pager, Work
-from adamw_triton.placement import SMALLEST_BUDGET, largest_ring, page_elements, place, ring_for
+from adamw_triton.placement import SMALLEST_BUDGET, Policy, largest_ring, page_elements, place, ring_for
 from adamw_triton.state import Format, Slot, StateBuffer, as_real, make_slots, nbytes
 
 _log = logging.getLogger("adamw_triton")
@@ -34,20 +34,6 @@ class Wanted(NamedTuple):
     name: str
     """What error messages call it."""
     format: Format
-
-
-class Policy(NamedTuple):
-    """Where state may live.
-
-    ``paged``: also in host memory. Then ``budgets`` are the bytes that state and staging may take on a GPU,
-    ``budget`` those on a GPU that is not among them; None for staging alone. ``grain``: bytes that are
-    spilled at a time, at least; None if there will be no spilling.
-    """
-
-    paged: bool
-    budget: int | None = None
-    budgets: Mapping[torch.device, int | None] = {}
-    grain: int | None = None
 
 
 class Store:

@@ -5,6 +5,9 @@ while the variable is set, so tests see it only where they are about the kernels
 import importlib
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

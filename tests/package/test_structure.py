@@ -19,6 +19,7 @@ ROOMS = [
     {"trainer_arguments"},
     {"__init__"},
     {"optimizer", "planning"},
+    {"reservations"},
     {"auto"},
     {"selector", "ranks", "gpu", "rates"},
     {"link"},

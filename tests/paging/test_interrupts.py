@@ -138,13 +138,13 @@ def test_a_failing_update_leaves_an_optimizer_that_says_so(
 
         return update
 
-    optimizer._batches.clear()
+    optimizer._places._batches.clear()
     with monkeypatch.context() as patch:
         patch.setattr(batch, "update_for", update_for)
         set_grads(optimizer.param_groups[0]["params"], 2)
         with pytest.raises(RuntimeError, match="out of luck"):
             optimizer.step()
-        optimizer._batches.clear()
+        optimizer._places._batches.clear()
     for refused in (optimizer.step, optimizer.state_dict, optimizer.offload, optimizer.__getstate__):
         with pytest.raises(RuntimeError, match=r"failed halfway.*load_state_dict.*RuntimeError: out of luck"):
             refused()
