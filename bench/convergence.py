@@ -40,7 +40,7 @@ class Task:
     depth: int = 2
     batch: int = 8
     context: int = 64
-    steps: int = 300
+    steps: int = 200
 
 
 def final_loss(task: Task, format: Format, seed: int, device: str, other: int = 0) -> float:
@@ -85,8 +85,8 @@ def differences(found: Mapping[str, Sequence[float]], key: str) -> list[float]:
 
 
 def band(found: Mapping[str, Sequence[float]]) -> float:
-    """The standard deviation of fp32's loss over batches: two draws of them are sqrt(2) of it apart."""
-    return math.sqrt(statistics.fmean(d * d for d in differences(found, AGAIN)) / 2)
+    """How far other batches move fp32's own loss: the root mean square over the seeds."""
+    return math.sqrt(statistics.fmean(d * d for d in differences(found, AGAIN)))
 
 
 def outside(found: Mapping[str, Sequence[float]], key: str) -> bool:
@@ -107,7 +107,7 @@ def table(found: Losses, formats: Sequence[Format], reasons: Mapping[str, str]) 
         rows.append([Cell(format.label, "bold" if format.ours else ""), *cells,
                      "" if format.key == BASE else verdict])  # fmt: skip
     notes = [
-        f"the band: the standard deviation of fp32's own loss over draws of batches, {band(found):.4f}",
+        f"the band: how far other batches of the same text move fp32's own loss (rms), {band(found):.4f}",
         *(f"{key} cannot run here: {reason}" for key, reason in reasons.items()),
     ]
     columns = ["format", "mean loss", "less fp32's", "worst seed", "the band"]
@@ -136,7 +136,7 @@ def figure(found: Losses, formats: Sequence[Format]) -> Figure:
     axes.set_xlabel(
         "held-out loss less fp32's from the same seed, nats a byte (a dot a seed; the bar is the mean)"
     )
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_title("Does the format change what is learned?", loc="left", weight="bold")
     suite.axes_style(axes)
     return drawing
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = suite.parser("convergence", __doc__).parse_args(argv)
     task = Task(width=32, depth=1, steps=40) if options.quick else Task()
-    seeds = range(options.seed, options.seed + (2 if options.quick else 5))
+    seeds = range(options.seed, options.seed + (2 if options.quick else 4))
     sizes, reasons = probe(FORMATS)
     formats = [one for one in FORMATS if one.key in sizes]
     found = losses(task, formats, seeds, options.device)

@@ -130,16 +130,17 @@ def figure(results: dict[str, tuple[Bytes, Bytes | None]], elements: int, device
     for place, one in enumerate(reversed(shown)):
         got, wanted = results[one.key]
         colour = COLOURS[one.library]
+        pale = 1.0 if device == "cpu" else 0.5
         gpu, host = got.gpu / elements, got.host / elements
         axes.barh(place, gpu, color=colour, height=0.6)
-        axes.barh(place, host, left=gpu, color=colour, height=0.6, alpha=0.5)
+        axes.barh(place, host, left=gpu, color=colour, height=0.6, alpha=pale)
         axes.text(gpu + host, place, f"  {gpu + host:.2f}", va="center", size=9)
         if wanted is not None:
             ends = {wanted.gpu / elements, (wanted.gpu + wanted.host) / elements} - {0.0}
             for end in ends:
                 axes.plot([end] * 2, [place - 0.38, place + 0.38], color="black", lw=2)
     axes.plot([], [], color="black", lw=2, label="predicted from sizes alone")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
     place = "host memory" if device == "cpu" else "GPU memory (full) and host memory (pale)"
     axes.set_xlabel(f"peak bytes of {place} a parameter, beyond parameters and gradients")

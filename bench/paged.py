@@ -191,7 +191,7 @@ def figure(measured: dict[str, Measured], link: Link, device: str, about: str) -
         lw=2.2,
         label="moving the state alone" if device == "cuda" else "copying the state alone",
     )
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
     axes.set_xlabel("milliseconds a step")
     axes.margins(x=0.14)

@@ -48,6 +48,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*tensors)
         try:
             if not compiled:
+                _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
                 compiled.append(torch.compile(function, dynamic=True))
             return compiled[0](*tensors)
         except Exception as error:  # whatever a compiler throws, before anything has been written

@@ -84,7 +84,7 @@ def adamw_8bit(
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
     chunk = FUSED_CHUNK if fusion.compiles() else CHUNK
-    for p, g, hyper, at, first in _chunks(params, grads, layout, hypers, chunk, block):
+    for p, g, hyper, at, first in _chunks(params, grads, layout, hypers, chunk):
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in state.items()}
         weight = _blocks(p, block)
@@ -288,25 +288,18 @@ def _up_to_bf16(x: Tensor) -> Tensor:
 
 
 def _chunks(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    layout: Layout,
-    hypers: Sequence[Hyper],
-    chunk: int,
-    block: int = 1,
+    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hypers: Sequence[Hyper], chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Hyper, slice, int]]:
-    """Pieces of at most ``chunk`` elements in whole blocks, and by itself a last block that is a part of
-    one: parameter, gradient, hyperparameters, the range of the state arrays, the index of the first
-    element in the whole parameter."""
+    """Pieces of at most ``chunk`` elements: parameter, gradient, hyperparameters, the range of the state
+    arrays, the index of the first element in the whole parameter."""
     for p, g, offset, first, row in zip(
         params, grads, layout.offsets, layout.firsts, layout.rows, strict=True
     ):
         p, g = _in_memory_order(p), _in_memory_order(g)
-        whole = p.numel() // block * block
-        for start in [*range(0, whole, chunk), *([whole] if whole < p.numel() else [])]:
-            stop = min(start + chunk, whole) if start < whole else p.numel()
-            at = slice(offset + start, offset + stop)
-            yield p[start:stop], g[start:stop], hypers[row], at, first + start
+        for start in range(0, p.numel(), chunk):
+            piece = p[start : start + chunk]
+            at = slice(offset + start, offset + start + piece.numel())
+            yield piece, g[start : start + chunk], hypers[row], at, first + start
 
 
 def _in_memory_order(dense: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def test_a_broken_format_does_not_converge() -> None:
 
 def test_a_loss_that_is_not_a_number_is_outside() -> None:
     found = {convergence.BASE: [1.0, 1.0], convergence.AGAIN: [1.1, 0.9], "bad": [float("nan"), 1.0]}
-    assert convergence.band(found) == pytest.approx(0.1 / 2**0.5)
+    assert convergence.band(found) == pytest.approx(0.1)
     assert convergence.outside(found, "bad")
 
 
