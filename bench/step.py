@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import track
 
-from bench import suite, workloads
+from bench import report, suite, workloads
 from bench.optimizers import RESIDENT, Optimizer, compiled_at_once, runnable
 from bench.peers import state_bytes
 from bench.report import Cell, Table, number
@@ -257,11 +258,10 @@ def record(result: Result) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Measure, show and save; 0 when every goal was met, else 1."""
     options = suite.parser("step", __doc__).parse_args(argv)
+    chosen = cases(options.device, options.quick)
+    bar = track(chosen, "step", console=report.console())
     with compiled_at_once():
-        results = [
-            measure(case, RESIDENT, options.device, options.seed)
-            for case in cases(options.device, options.quick)
-        ]
+        results = [measure(case, RESIDENT, options.device, options.seed) for case in bar]
     verdicts = goals(results)
     data = {"cases": {result.label: record(result) for result in results}}
     drawing = figure(results, RESIDENT)

@@ -46,7 +46,7 @@ def task(device: str, quick: bool, seed: int) -> Task:
     if quick:
         return Task(Llama(128, 2, batch=4, context=64), 20, device, seed)
     if device == "cpu":
-        return Task(Llama(768, 12, batch=2, context=64), 24, device, seed)
+        return Task(Llama(768, 12, batch=2, context=64), 10, device, seed)
     return Task(Llama(2048, 18, batch=4, context=512, dtype=torch.bfloat16), 60, device, seed)
 
 
