@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import suite, workloads
-from bench.optimizers import BETAS, EPS, OPTIMIZERS, Optimizer, compiled_at_once, runnable
+from bench.optimizers import BETAS, EPS, OPTIMIZERS, Optimizer, compiled_after, runnable
 from bench.peers import Stepper, state_bytes
 from bench.report import Cell, Table, number
 from bench.suite import COLOURS
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     device = options.device
     elements = ELEMENTS["quick" if options.quick else device]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with compiled_at_once():
+    with compiled_after(0):
         measured, reasons = measure(elements, dtype, device, 5 if options.quick else 15, options.seed)
     link = measure_link(device)
     about = f"{elements / 1e6:.1f}e6 elements, {str(dtype).removeprefix('torch.')}"

@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 
 from bench import report, suite, workloads
-from bench.optimizers import RESIDENT, Optimizer, compiled_at_once, runnable
+from bench.optimizers import RESIDENT, Optimizer, compiled_after, runnable
 from bench.peers import state_bytes
 from bench.report import Cell, Table, number
 from bench.suite import COLOURS, DTYPES
@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
     options = suite.parser("step", __doc__).parse_args(argv)
     chosen = cases(options.device, options.quick)
     bar = track(chosen, "step", console=report.console())
-    with compiled_at_once():
+    with compiled_after(0):
         results = [measure(case, RESIDENT, options.device, options.seed) for case in bar]
     verdicts = goals(results)
     data = {"cases": {result.label: record(result) for result in results}}

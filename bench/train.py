@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import suite
-from bench.optimizers import OPTIMIZERS, Optimizer, compiled_at_once, runnable, without_compiling
+from bench.optimizers import OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
 from bench.peers import state_bytes
 from bench.report import Cell, Table, number
 from bench.suite import COLOURS
@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
     given = task(options.device, options.quick, options.seed)
     found, reasons = runnable(OPTIMIZERS, options.device, given.llama.dtype)
     runs: dict[str, Run] = {}
-    with contextlib.nullcontext() if options.quick else compiled_at_once():
+    with contextlib.nullcontext() if options.quick else compiled_after(0):
         for one in found:
             try:
                 runs[one.key] = train(given, without_compiling(one))
