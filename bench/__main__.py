@@ -1,4 +1,4 @@
-"""``python -m bench SUITE [options]``: run one suite of measurements.
+"""``python -m bench SUITE [options]``: run one suite of measurements; ``--all`` or ``--quick``: all of them.
 
 Each suite is a module with ``main(argv) -> int``. It is imported only when chosen, so that a suite
 needs no other suite's libraries.
@@ -7,21 +7,31 @@ needs no other suite's libraries.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 
 SUITES = {
+    "step": "seconds of a step, beside a copy's bandwidth",
+    "host": "what a step costs on the host, before any GPU work",
+    "paged": "steps whose state comes over the link, beside resident ones and the link itself",
+    "memory": "peak of a step by place, beside what the plan says",
+    "train": "a Llama trained: step time, memory, loss",
+    "convergence": "losses by seed, beside the noise of fp32 itself",
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
-    "host": "what a step costs on the host, before any GPU work",
+    "roofline": "projected, not measured: step times of GPUs from the audit",
+}
+COMMANDS = {
+    "wheels": "fetch the peers' wheels for a GPU machine without network",
+    "readme": "write bench/README.md from the results there are",
 }
 
 
 def usage() -> str:
     """The list of suites, for a terminal."""
-    suites = "\n".join(f"  {name:<10} {about}" for name, about in SUITES.items())
-    return f"usage: python -m bench SUITE [options; --help lists them]\n\n{suites}"
+    lines = [f"  {name:<12} {about}" for name, about in (SUITES | COMMANDS).items()]
+    every = "       python -m bench --all | --quick [--out FOLDER]: every suite that can run here\n"
+    return "\n".join(["usage: python -m bench SUITE [options; --help lists them]", every, *lines])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,15 +39,13 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0].startswith("-"):
+        return int(importlib.import_module("bench.every").main(argv))
     name, *options = argv
-    if name not in SUITES:
+    if name not in SUITES | COMMANDS:
         print(f"no suite is called {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = f"bench.{name}"
-    if importlib.util.find_spec(module) is None:
-        print(f"the suite {name!r} is planned but has not been written yet", file=sys.stderr)
-        return 2
-    return importlib.import_module(module).main(options)
+    return int(importlib.import_module(f"bench.{name}").main(options))
 
 
 if __name__ == "__main__":

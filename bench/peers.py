@@ -229,7 +229,7 @@ def _flashoptim_formula(parameters: list[Tensor], lr: float, betas: Betas, eps: 
     return FormulaAdamW(parameters, lr, betas, eps, FLASH_CODECS, min_size=0)
 
 
-class _Eager:
+class Eager:
     """torchao compiles its update, which takes minutes; run eagerly, the same functions do the same."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -248,9 +248,7 @@ def _torchao(name: str) -> Callable[[list[Tensor], float, Betas, float], Stepper
         import torchao.optim
 
         optimizer_class = getattr(torchao.optim, name)
-        return _Eager(
-            optimizer_class(parameters, lr=torch.tensor(lr), betas=betas, eps=eps, weight_decay=0.0)
-        )
+        return Eager(optimizer_class(parameters, lr=torch.tensor(lr), betas=betas, eps=eps, weight_decay=0.0))
 
     return build
 

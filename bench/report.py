@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "triton", "bitsandbytes", "torchao", "flashoptim", "numpy")
+LIBRARIES = (
+    "torch", "triton", "bitsandbytes", "torchao", "flashoptim", "torch-optimi", "transformers", "numpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,35 @@ def machine_slug(device: str = "cpu") -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{device} {name}".lower()).strip("-")
 
 
-def environment(suite: str, options: Sequence[str], seed: int) -> dict[str, Any]:
+def environment(suite: str, options: Sequence[str], seed: int, device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge a result, or to repeat it."""
     return {
+        "device": device,
         "command": " ".join(["python -m bench", suite, *options]),
         "seed": seed,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": processor(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": os.getloadavg(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "clocks": clocks(device),
         "python": platform.python_version(),
         "versions": {library: _version(library) for library in LIBRARIES},
     }
+
+
+def clocks(device: str) -> str | None:
+    """What the device runs at, as its driver or the kernel says it at the end of the run."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw", "--format=csv"]
+        try:
+            return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.findall(r"cpu MHz\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{', '.join(found)} MHz" if found else None
 
 
 def _version(library: str) -> str | None:

@@ -18,16 +18,21 @@ so the noise of q does not reach it, and the ratio is bounded and close to the u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from adamw_triton_kernels import fusion
+from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.work import Hyper, Layout
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
 CHUNK = 1 << 18
+FUSED_CHUNK = 1 << 20  # of 8-bit state, compiled: two temporaries, and a call costs more
+WHOLE = 1 << 62  # of 32-bit state, compiled: no temporaries
 
 LARGEST = 3.0e38
 LARGEST_ROOT = 1.6e19  # the square of 1.125 times this is still finite
@@ -46,12 +51,26 @@ def adamw_32bit(
 ) -> None:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
-    for p, g, hyper, at, _first in _chunks(params, grads, layout, hypers):
+    chunk = WHOLE if fusion.compiles() else CHUNK
+    for p, g, hyper, at, _first in _chunks(params, grads, layout, hypers, chunk):
         m, v = state["exp_avg"][at], state["exp_avg_sq"][at]
-        _new_moments(m, v, g.float(), hyper)
         if "max_exp_avg_sq" in state:
-            v = torch.maximum(state["max_exp_avg_sq"][at], v, out=state["max_exp_avg_sq"][at])
-        p.copy_(_new_weight(p.float(), m, v.sqrt(), hyper))
+            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], _numbers(hyper))
+        else:
+            _update(p, g, m, v, _numbers(hyper))
+
+
+@fused
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: Tensor) -> None:
+    _new_moments(m, v, g, numbers)
+    p.copy_(_new_weight(p, m, _sqrt(v), numbers))
+
+
+@fused
+def _update_amsgrad(p: Tensor, g: Tensor, m: Tensor, v: Tensor, largest: Tensor, numbers: Tensor) -> None:
+    _new_moments(m, v, g, numbers)
+    largest.copy_(torch.maximum(largest, v))
+    p.copy_(_new_weight(p, m, _sqrt(largest), numbers))
 
 
 def adamw_8bit(
@@ -64,38 +83,61 @@ def adamw_8bit(
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    for p, g, hyper, at, first in _chunks(params, grads, layout, hypers):
+    chunk = FUSED_CHUNK if fusion.compiles() else CHUNK
+    for p, g, hyper, at, first in _chunks(params, grads, layout, hypers, chunk):
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in state.items()}
-        m, v = decode_8bit(part, block)
-        _new_moments(m, v, g.float(), hyper)
-        p.copy_(_new_weight(p.float(), m, v.sqrt(), hyper))
-        encode_8bit(m, v, part, block, first=first, phase=hyper.phase)
+        weight = _blocks(p, block)
+        m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), _numbers(hyper))
+        _put(p, weight)
+        _encode(m, root_v, peaks, part, first, hyper.phase)
 
 
-def _new_moments(m: Tensor, v: Tensor, g: Tensor, hyper: Hyper) -> None:
+@fused
+def _update_8bit(
+    p: Tensor, g: Tensor, r: Tensor, r_scale: Tensor, q: Tensor, q_scale: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates p; the new m and sqrt(v), and the largest sqrt(v) of each block."""
+    m, v = _decoded(r, r_scale, q, q_scale)
+    _new_moments(m, v, g, numbers)
+    root_v = _sqrt(v)
+    p.copy_(_new_weight(p, m, root_v, numbers))
+    return m, root_v, _peaks(root_v)
+
+
+def _numbers(hyper: Hyper) -> Tensor:
+    """All but the phase, fp32."""
+    return torch.tensor(hyper[:7], dtype=torch.float32)
+
+
+def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
     """m + (1-beta1)*(g - m) and v + (1-beta2)*(g*g - v), in place."""
-    if hyper.grad_scale != 1.0:
-        g = g * hyper.grad_scale
-    m.add_((g - m).mul_(hyper.lerp1))
-    v.add_((g * g).sub_(v).mul_(hyper.lerp2))
+    grad_scale, lerp1, lerp2 = numbers[:3]
+    g = g.float() * grad_scale
+    m.add_((g - m).mul_(lerp1))
+    v.add_((g * g).sub_(v).mul_(lerp2))
 
 
-def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, hyper: Hyper) -> Tensor:
+def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, numbers: Tensor) -> Tensor:
     """p - lr*weight_decay*p - lr/correction1 * m / (sqrt(v)/sqrt(correction2) + eps)"""
-    denominator = root_v.mul(hyper.inv_root_correction2).add_(hyper.eps)
-    change = (p * hyper.decay).addcdiv_(m, denominator, value=hyper.step_size)
-    return p - change
+    inv_root_correction2, eps, step_size, decay = numbers[3:]
+    p = p.float()
+    update = m / (root_v * inv_root_correction2).add_(eps)
+    weight: Tensor = p - update.mul_(step_size).add_(p * decay)
+    return weight
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """To nearest, as the kernels' and the compiled one; torch's own on the CPU may be an ulp off."""
+    in_one_pass: bool = torch.compiler.is_compiling()
+    return x.sqrt() if in_one_pass else x.double().sqrt_().float()
 
 
 def decode_8bit(state: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
     """m and v, fp32. The last block may be a part of one."""
-    q = _blocks(state["exp_avg_sq_codes"], block)
-    r = _blocks(state["exp_avg_codes"], block)
-    root_v = (q * q).mul_(state["exp_avg_sq_scales"].float()[:, None] * (1 / 65025))
-    m = r.mul_(state["exp_avg_scales"].float()[:, None] * (1 / 127)).mul_(root_v)
     n = state["exp_avg_codes"].numel()
-    return m.flatten()[:n], root_v.square_().flatten()[:n]
+    m, v = _decoded(*_rows(state, block))
+    return m.flatten()[:n], v.flatten()[:n]
 
 
 def encode_8bit(
@@ -105,39 +147,83 @@ def encode_8bit(
 
     ``first``: index in its parameter of the first element; with ``phase`` it picks the dither.
     """
-    n = m.numel()
-    root_v = _blocks(v, block).sqrt_()
-    scale = _sticky_scale(state["exp_avg_sq_scales"].float(), _peaks(root_v))
-    per_unit = torch.where(scale > 0, 65025 * _reciprocal(scale.clamp(min=TINY_SCALE)), 0.0)[:, None]
-    q = _encode_root_v(root_v, per_unit, first, phase)
-    state["exp_avg_sq_codes"].copy_(q.flatten()[:n])
-    state["exp_avg_sq_scales"].copy_(scale)
+    root_v = _sqrt(_blocks(v, block))
+    _encode(_blocks(m, block), root_v, _peaks(root_v), state, first, phase)
 
-    inv_q = _reciprocal(q)
-    ratio = _blocks(m, block).mul_(inv_q).mul_(inv_q)  # m/sqrt(v) in units of 1/per_unit
-    scale = _ratio_scale(_peaks(ratio.abs())[:, None].mul_(per_unit))
-    per_ratio = torch.where(scale > 0, 127 * _reciprocal(scale.clamp(min=TINY_RATIO)), 0.0)
-    r = ratio.mul_(per_unit * per_ratio).round_()
-    state["exp_avg_codes"].copy_(r.flatten()[:n])
-    state["exp_avg_scales"].copy_(scale.flatten())
+
+def _rows(state: Mapping[str, Tensor], block: int) -> list[Tensor]:
+    """Codes [blocks, block] and their scales [blocks, 1], of m, then of v."""
+    return [
+        rows
+        for moment in ("exp_avg", "exp_avg_sq")
+        for rows in (_blocks(state[f"{moment}_codes"], block), state[f"{moment}_scales"].float()[:, None])
+    ]
 
 
 def _blocks(flat: Tensor, block: int) -> Tensor:
-    """A new fp32 tensor [blocks, block], the last block filled up with zeros."""
-    padded = torch.zeros(-(-flat.numel() // block), block, device=flat.device)
-    padded.view(-1)[: flat.numel()] = flat
-    return padded
+    """``flat`` as [blocks, block]; if the last block is a part of one, a copy filled up with zeros."""
+    short = -flat.numel() % block
+    return (torch.nn.functional.pad(flat, (0, short)) if short else flat).view(-1, block)
 
 
-def _reciprocal(x: Tensor) -> Tensor:
-    """1/x for x > 0, as the kernels compute it."""
-    return x.rsqrt().square_()
+def _put(flat: Tensor, blocks: Tensor) -> None:
+    """Into ``flat`` what ``_blocks`` has made of it, if that was a copy."""
+    if flat.numel() < blocks.numel():
+        flat.copy_(blocks.view(-1)[: flat.numel()])
+
+
+def _decoded(r: Tensor, r_scale: Tensor, q: Tensor, q_scale: Tensor) -> tuple[Tensor, Tensor]:
+    q = q.float()
+    root_v = (q * q).mul_(q_scale * (1 / 65025))
+    m = r.float().mul_(r_scale * (1 / 127)).mul_(root_v)
+    return m, root_v.square_()
+
+
+def _encode(
+    m: Tensor, root_v: Tensor, peaks: Tensor, state: Mapping[str, Tensor], first: int, phase: int
+) -> None:
+    """Store m and sqrt(v) [blocks, block], given the largest sqrt(v) of each block."""
+    block = m.shape[1]
+    r, q = (_blocks(state[name], block) for name in ("exp_avg_codes", "exp_avg_sq_codes"))
+    scale = _sticky_scale(state["exp_avg_sq_scales"].float(), peaks)
+    per_unit = torch.where(scale > 0, 65025 / scale.clamp(min=TINY_SCALE), 0.0)[:, None]
+    weyl, start = _weyl(m.numel(), m.device).view(m.shape), _signed(first * DITHER_ELEMENT + phase)
+    ratio, peaks = _encode_v(m, root_v, per_unit, weyl, start, q)
+    state["exp_avg_sq_scales"].copy_(scale)
+    _put(state["exp_avg_sq_codes"], q)
+
+    scale = _ratio_scale(peaks[:, None] * per_unit)
+    per_ratio = torch.where(scale > 0, 127 / scale.clamp(min=TINY_RATIO), 0.0)
+    _encode_m(ratio, per_unit * per_ratio, r)
+    state["exp_avg_scales"].copy_(scale.flatten())
+    _put(state["exp_avg_codes"], r)
+
+
+@fused
+def _encode_v(
+    m: Tensor, root_v: Tensor, per_unit: Tensor, weyl: Tensor, start: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks."""
+    codes = _encoded_root_v(root_v, per_unit, _dither(weyl, start))
+    q.copy_(_finite(codes))
+    inv = codes.reciprocal()
+    ratio = (m * inv).mul_(inv)
+    return ratio, _peaks(ratio.abs())
+
+
+@fused
+def _encode_m(ratio: Tensor, per_ratio: Tensor, r: Tensor) -> None:
+    r.copy_(_finite((ratio * per_ratio).round_()))
+
+
+def _finite(codes: Tensor) -> Tensor:
+    """What is not finite gets code 0, as in the kernels: it has no integer."""
+    return codes.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _peaks(blocks: Tensor) -> Tensor:
     """Each block's largest element; NaN takes no part, as in the kernels."""
-    peaks = blocks.amax(dim=1)
-    return blocks.nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1) if peaks.isnan().any() else peaks
+    return torch.where(blocks == blocks, blocks, 0.0).amax(dim=1)
 
 
 def _sticky_scale(scale: Tensor, peak: Tensor) -> Tensor:
@@ -152,7 +238,7 @@ def _ratio_scale(peak: Tensor) -> Tensor:
     return torch.where(peak >= TINY_RATIO, _up_to_bf16(peak.clamp(max=LARGEST)), 0.0)
 
 
-def _encode_root_v(root_v: Tensor, per_unit: Tensor, first: int, phase: int) -> Tensor:
+def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     """q, as fp32: with y = 255*sqrt(root_v/S) and low = floor(y), it is low or low + 1 so that on
     average over the dither q**4 is y**4.
 
@@ -160,19 +246,39 @@ def _encode_root_v(root_v: Tensor, per_unit: Tensor, first: int, phase: int) -> 
     such a factor would throw the weight, one too large only slows it.
     """
     squared = root_v * (per_unit * (1 - 2**-20))  # y**2; a shade less, so that q never reaches 256
-    low = squared.sqrt().floor_()
-    odd = low * 2**-10 + 2**-11
+    low = _sqrt(squared).floor_()
+    odd = (low * 2**-10).add_(2**-11)
     width = (odd * odd).add_(2**-22).mul_(odd)  # (low+1)**4 - low**4 = (2*low+1)((2*low+1)**2+1)/2
     above = (squared * squared).sub_((low * low).square_())
-    up = _dither(root_v, first, phase).mul_(width) < above
+    up = width.mul_(dither) < above
     return torch.maximum(low + up, (low + 1).clamp_(max=COARSE))
 
 
-def _dither(like: Tensor, first: int, phase: int) -> Tensor:
-    """(index*0xC13FA9A9 + phase) mod 2**32: a Weyl sequence, evenly spread over steps and elements."""
-    index = torch.arange(like.numel(), dtype=torch.int64, device=like.device).view_as(like)
-    start = (first * DITHER_ELEMENT + phase) % 2**32
-    return ((index * DITHER_ELEMENT + start) & 0xFFFFFFFF).float()
+def _dither(weyl: Tensor, start: Tensor) -> Tensor:
+    """(index*0xC13FA9A9 + phase) mod 2**32 as fp32: a Weyl sequence, evenly spread over steps and
+    elements. By halves, since torch has no arithmetic of unsigned integers."""
+    bits = weyl + start
+    high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
+    return high.float().mul_(65536.0).add_(low)
+
+
+def _weyl(n: int, device: torch.device) -> Tensor:
+    """index*0xC13FA9A9 mod 2**32 for the first n indices, as int32 bits."""
+    return _weyl_of_chunk(device)[:n] if n <= FUSED_CHUNK else _new_weyl(n, device)
+
+
+@functools.cache
+def _weyl_of_chunk(device: torch.device) -> Tensor:
+    return _new_weyl(FUSED_CHUNK, device)
+
+
+def _new_weyl(n: int, device: torch.device) -> Tensor:
+    return (torch.arange(n, dtype=torch.int64, device=device) * DITHER_ELEMENT).to(torch.int32)
+
+
+def _signed(number: int) -> Tensor:
+    """``number`` mod 2**32, as int32 bits."""
+    return torch.tensor((number + 2**31) % 2**32 - 2**31, dtype=torch.int32)
 
 
 def _up_to_bf16(x: Tensor) -> Tensor:
@@ -182,19 +288,19 @@ def _up_to_bf16(x: Tensor) -> Tensor:
 
 
 def _chunks(
-    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hypers: Sequence[Hyper]
+    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hypers: Sequence[Hyper], chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Hyper, slice, int]]:
-    """Pieces of at most ``CHUNK`` elements: parameter, gradient, hyperparameters, the range of the
-    state arrays, the index of the first element in the whole parameter."""
+    """Pieces of at most ``chunk`` elements: parameter, gradient, hyperparameters, the range of the state
+    arrays, the index of the first element in the whole parameter."""
     for p, g, offset, first, row in zip(
         params, grads, layout.offsets, layout.firsts, layout.rows, strict=True
     ):
         p, g = _in_memory_order(p), _in_memory_order(g)
-        for start in range(0, p.numel(), CHUNK):
-            piece = p[start : start + CHUNK]
+        for start in range(0, p.numel(), chunk):
+            piece = p[start : start + chunk]
             at = slice(offset + start, offset + start + piece.numel())
-            yield piece, g[start : start + CHUNK], hypers[row], at, first + start
+            yield piece, g[start : start + chunk], hypers[row], at, first + start
 
 
 def _in_memory_order(dense: Tensor) -> Tensor:
-    return dense.as_strided((dense.numel(),), (1,))
+    return dense.detach().as_strided((dense.numel(),), (1,))

@@ -1,0 +1,169 @@
+"""The optimizers that are timed and trained with: ours and the peers' libraries, each as it is shipped.
+
+(``bench.peers`` has the *formats*, formulas of CUDA kernels included, for what is about numbers alone.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peers import Eager, Stepper
+
+Build = Callable[[list[Tensor], float, float], Stepper]
+"""(parameters, lr, weight_decay) -> an optimizer with betas (0.9, 0.999) and eps 1e-8."""
+NEVER = 1 << 62
+BETAS, EPS = (0.9, 0.999), 1e-8
+PROBE = 1 << 14
+"""Elements of the tensor that an optimizer has to step on to be compared."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One row of every comparison."""
+
+    key: str
+    build: Build
+    library: str
+    """Distribution that it comes in."""
+    bits: int
+    """Of each of m and v, an element; 32 also where state has the parameter's dtype."""
+    paged: bool = False
+    needs: str = ""
+    """What it cannot do without and a machine may lack: said in words where it is lacking."""
+
+    @property
+    def ours(self) -> bool:
+        return self.library == "adamw-triton"
+
+
+def _torch(**how: Any) -> Build:
+    return lambda params, lr, decay: torch.optim.AdamW(
+        params, lr=lr, betas=BETAS, eps=EPS, weight_decay=decay, **how
+    )
+
+
+def _ours(variant: str) -> Build:
+    def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
+        import adamw_triton
+
+        return adamw_triton.AdamW(params, lr, BETAS, EPS, decay, variant=variant)
+
+    return build
+
+
+def _bitsandbytes(name: str) -> Build:
+    def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
+        from bitsandbytes import optim
+
+        return getattr(optim, name)(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=decay)
+
+    return build
+
+
+def _torchao(params: list[Tensor], lr: float, decay: float) -> Stepper:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # of each CUDA extension that is not there
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=torch.tensor(lr), betas=BETAS, eps=EPS, weight_decay=decay)
+
+
+def _torchao_offload(params: list[Tensor], lr: float, decay: float) -> Stepper:
+    from torchao.optim import CPUOffloadOptimizer
+
+    how = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": decay, "fused": True}
+    return CPUOffloadOptimizer(params, torch.optim.AdamW, **how)
+
+
+def _flashoptim(params: list[Tensor], lr: float, decay: float) -> Stepper:
+    from flashoptim import FlashAdamW
+
+    how = {"betas": BETAS, "eps": EPS, "weight_decay": decay, "master_weight_bits": None}
+    return FlashAdamW(params, lr=lr, **how)
+
+
+def _optimi(params: list[Tensor], lr: float, decay: float) -> Stepper:
+    from optimi import AdamW
+
+    return AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=decay)
+
+
+_UVM = "managed memory, which only CUDA has"
+_GPU = "a GPU"
+
+OPTIMIZERS = (
+    Optimizer("adamw_triton 32bit", _ours("32bit"), "adamw-triton", 32),
+    Optimizer("adamw_triton 8bit", _ours("8bit"), "adamw-triton", 8),
+    Optimizer("adamw_triton paged_32bit", _ours("paged_32bit"), "adamw-triton", 32, paged=True),
+    Optimizer("adamw_triton paged_8bit", _ours("paged_8bit"), "adamw-triton", 8, paged=True),
+    Optimizer("torch foreach", _torch(foreach=True), "torch", 32),
+    Optimizer("torch fused", _torch(fused=True), "torch", 32),
+    Optimizer("bitsandbytes 32-bit", _bitsandbytes("AdamW32bit"), "bitsandbytes", 32),
+    Optimizer("bitsandbytes 8-bit", _bitsandbytes("AdamW8bit"), "bitsandbytes", 8),
+    Optimizer("bitsandbytes paged 32-bit", _bitsandbytes("PagedAdamW32bit"), "bitsandbytes", 32, True, _UVM),
+    Optimizer("bitsandbytes paged 8-bit", _bitsandbytes("PagedAdamW8bit"), "bitsandbytes", 8, True, _UVM),
+    Optimizer("torchao 8-bit", _torchao, "torchao", 8),
+    Optimizer("torchao CPU offload", _torchao_offload, "torchao", 32, True, _GPU),
+    Optimizer("flashoptim 8-bit", _flashoptim, "flashoptim", 8, needs=_GPU),
+    Optimizer("optimi", _optimi, "torch-optimi", 32),
+)
+RESIDENT = tuple(one for one in OPTIMIZERS if not one.paged)
+
+
+def runnable(
+    optimizers: Iterable[Optimizer], device: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[Optimizer], dict[str, str]]:
+    """(those that really step here, why the others do not, by key)."""
+    found, reasons = [], {}
+    for optimizer in optimizers:
+        reason = refusal(optimizer, device, dtype)
+        if reason is None:
+            found.append(optimizer)
+        else:
+            reasons[optimizer.key] = reason
+    return found, reasons
+
+
+def refusal(optimizer: Optimizer, device: str, dtype: torch.dtype) -> str | None:
+    """Why this optimizer cannot be compared on this device; None if it steps. Ours has to."""
+    if optimizer.needs and device == "cpu":
+        return f"it needs {optimizer.needs}"
+    param = torch.ones(PROBE, device=device, dtype=dtype).requires_grad_()
+    param.grad = torch.ones_like(param)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compilers take seconds, and that is no answer
+            optimizer.build([param], 0.1, 0.0).step()
+    except Exception as error:  # a peer may fail in any way
+        if optimizer.ours:
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    if not (param < 1).all():
+        return "its step leaves the parameter as it was"
+    return None
+
+
+def without_compiling(optimizer: Optimizer) -> Optimizer:
+    """torchao compiles its update anew for every shape of parameter, minutes for a model: run eagerly it
+    does the same. The others as they are."""
+    if optimizer.library != "torchao":
+        return optimizer
+    return replace(optimizer, build=lambda params, lr, decay: Eager(optimizer.build(params, lr, decay)))
+
+
+@contextlib.contextmanager
+def compiled_after(elements: int) -> Iterator[None]:
+    """When ours is compiled for CPU tensors: 0 is at the first step, so that warm-up has it; left alone, it
+    is after 2**28 elements. The results are the same bits."""
+    from adamw_triton_kernels import fusion
+
+    patience, fusion.PATIENCE = fusion.PATIENCE, elements
+    try:
+        yield
+    finally:
+        fusion.PATIENCE = patience

@@ -1,0 +1,225 @@
+"""``python -m bench paged``: what it costs that state is not on the GPU.
+
+The same step resident and paged, the pages by copy engines and read in place (zero-copy), beside the peers'
+ways. Their yardstick is the link, measured here: host to device, device to host, both at once. On a CPU there
+is no link: the page walk runs all the same, to the same bits, and a copy in memory stands for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench import suite, workloads
+from bench.optimizers import BETAS, EPS, OPTIMIZERS, Optimizer, compiled_after, runnable
+from bench.peers import Stepper, state_bytes
+from bench.report import Cell, Table, number
+from bench.suite import COLOURS
+from bench.timing import COPIED, Spread, Timer, interleaved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BUDGET = {"cpu": 24 << 20, "cuda": None}
+"""Of the GPU, for staging; small on a CPU, so that there are several pages."""
+ELEMENTS = {"quick": 1 << 22, "cpu": 1 << 24, "cuda": 1 << 28}
+WARM_UP = 3
+
+
+def _ours(variant: str, transfer: str, budget: int | None) -> Callable[[list[Tensor], float, float], Stepper]:
+    def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
+        import adamw_triton
+
+        how = {"variant": variant, "transfer": transfer, "memory_budget": budget}
+        return adamw_triton.AdamW(params, lr, BETAS, EPS, decay, **how)
+
+    return build
+
+
+def rows(device: str) -> list[Optimizer]:
+    """Ours resident, ours paged in both ways, and what peers have."""
+    found = []
+    for one in OPTIMIZERS:
+        if one.ours and one.paged:
+            variant = one.key.split()[1]
+            for transfer in ("copy", "zero_copy"):
+                build = _ours(variant, transfer, BUDGET[device])
+                found.append(replace(one, key=f"{one.key}, {transfer}", build=build))
+        elif one.ours or one.paged:
+            found.append(one)
+    return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes a second, each way."""
+
+    inward: float
+    outward: float
+    both: float
+    """Each way, with both at work."""
+
+
+def measure_link(device: str) -> Link:
+    """Copies of 256 MiB from and to pinned memory; on a CPU, within memory."""
+    pin = device == "cuda"
+    host = [torch.ones(COPIED // 4, pin_memory=pin) for _ in range(2)]
+    there = [torch.ones(COPIED // 4, device=device) for _ in range(2)]
+    if not pin:
+        seconds = _median(lambda: there[0].copy_(host[0]))
+        return Link(COPIED / seconds, COPIED / seconds, COPIED / seconds)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+
+    def copies(inward: bool, outward: bool) -> None:
+        if inward:
+            with torch.cuda.stream(streams[0]):
+                there[0].copy_(host[0], non_blocking=True)
+        if outward:
+            with torch.cuda.stream(streams[1]):
+                host[1].copy_(there[1], non_blocking=True)
+        torch.cuda.synchronize()
+
+    ways = [(True, False), (False, True), (True, True)]
+    return Link(*(COPIED / _median(lambda way=way: copies(*way)) for way in ways))
+
+
+def _median(function: Callable[[], object], rounds: int = 7) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[rounds // 2]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row."""
+
+    spread: Spread
+    state: int
+    """Bytes, which cross the link each way if the row is a paged one."""
+
+
+def measure(
+    elements: int, dtype: torch.dtype, device: str, rounds: int, seed: int
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Every row on eight tensors of the same size together."""
+    found, reasons = runnable(rows(device), device, dtype)
+    params = workloads.tensors([(elements // 8,)] * 8, dtype, device, seed)
+    timer = Timer(device)
+    made = {}
+    for one in found:
+        optimizer = one.build(params, 1e-4, 0.01)
+        for _ in range(WARM_UP):
+            optimizer.step()
+        made[one.key] = optimizer
+
+    def step(optimizer: Stepper) -> Callable[[], object]:
+        def run() -> None:
+            optimizer.step()
+            if device == "cuda":  # the last pages on their way out are part of it
+                torch.cuda.synchronize()
+
+        return run
+
+    spreads = interleaved({key: step(one) for key, one in made.items()}, rounds, timer, seed)
+    return {key: Measured(spreads[key], state_bytes(one)) for key, one in made.items()}, reasons
+
+
+def table(
+    measured: dict[str, Measured], reasons: dict[str, str], link: Link, device: str, about: str
+) -> Table:
+    """Times, ratios to the resident step of the same state, and rates."""
+    lines: list[list[Cell | str]] = []
+    for one in rows(device):
+        got = measured.get(one.key)
+        if got is None:
+            lines.append([one.key, "cannot run", "", "", ""])
+            continue
+        resident = measured.get(f"adamw_triton {one.bits}bit", got).spread.median
+        rate = got.state / got.spread.median
+        spread = got.spread
+        cells = [f"{number(1e3 * spread.median)} ± {number(500 * (spread.high - spread.low), 2)}"]
+        cells.append(f"{spread.median / resident:.2f}")
+        cells += [f"{rate / 1e9:.2f}", f"{rate / link.both:.0%}"] if one.paged else ["", ""]
+        lines.append([suite.name_cell(one.key), *cells])
+    kind = "the link" if device == "cuda" else "no link here: a copy in memory"
+    rates = (
+        f"in {link.inward / 1e9:.1f}, out {link.outward / 1e9:.1f}, each way with both {link.both / 1e9:.1f}"
+    )
+    return Table(
+        f"Paged state, {about}",
+        ["optimizer", "ms a step", "of resident", "GB/s each way", "of the link"],
+        lines,
+        [f"{kind}, GB/s: {rates}", *suite.reason_notes(reasons)],
+    )
+
+
+def figure(measured: dict[str, Measured], link: Link, device: str, about: str) -> Figure:
+    """Bars of time; the mark on a paged one is when the link alone would be done."""
+    from matplotlib.figure import Figure
+
+    shown = [one for one in rows(device) if one.key in measured]
+    drawing = Figure(figsize=(9, 1.3 + 0.42 * len(shown)), layout="constrained")
+    axes = drawing.subplots()
+    for place, one in enumerate(reversed(shown)):
+        got = measured[one.key]
+        spread = got.spread
+        axes.barh(
+            place,
+            1e3 * spread.median,
+            color=COLOURS[one.library],
+            alpha=0.45 if one.paged else 0.95,
+            height=0.62,
+        )
+        axes.plot([1e3 * spread.low, 1e3 * spread.high], [place] * 2, color="0.15", lw=1.5)
+        text = f"  {number(1e3 * spread.median)} ms"
+        axes.text(1e3 * spread.high, place, text, va="center", size=9)
+        if one.paged:
+            ideal = 1e3 * got.state / link.both
+            axes.plot([ideal] * 2, [place - 0.38, place + 0.38], color="#D55E00", lw=2.2)
+    axes.plot(
+        [],
+        [],
+        color="#D55E00",
+        lw=2.2,
+        label="moving the state alone" if device == "cuda" else "copying the state alone",
+    )
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
+    axes.set_xlabel("milliseconds a step")
+    axes.margins(x=0.14)
+    axes.set_title(f"Paged beside resident: {about}", loc="left", weight="bold")
+    suite.axes_style(axes)
+    axes.grid(axis="y", visible=False)
+    return drawing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, show and save."""
+    options = suite.parser("paged", __doc__).parse_args(argv)
+    device = options.device
+    elements = ELEMENTS["quick" if options.quick else device]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with compiled_after(0):
+        measured, reasons = measure(elements, dtype, device, 5 if options.quick else 15, options.seed)
+    link = measure_link(device)
+    about = f"{elements / 1e6:.1f}e6 elements, {str(dtype).removeprefix('torch.')}"
+    data: dict[str, Any] = {
+        "elements": elements,
+        "dtype": str(dtype),
+        "link": vars(link),
+        "cannot_run": reasons,
+        "optimizers": {
+            key: {**got.spread.record(), "state_bytes": got.state} for key, got in measured.items()
+        },
+    }
+    shown = [table(measured, reasons, link, device, about)]
+    suite.finish("paged", argv, options, shown, data, figure(measured, link, device, about))
+    return 0

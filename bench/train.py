@@ -1,0 +1,206 @@
+"""``python -m bench train``: a Llama of transformers trained on real text with every optimizer.
+
+The same weights, the same batches. Measured are the loss at every step, the time of a step and the
+optimizer's share of it, and the peak of memory on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench import suite
+from bench.optimizers import OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
+from bench.peers import state_bytes
+from bench.report import Cell, Table, number
+from bench.suite import COLOURS
+from bench.timing import Spread
+from bench.workloads import Llama
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LR, DECAY = 1e-3, 0.01
+SMOOTHED = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every optimizer is given alike."""
+
+    llama: Llama
+    steps: int
+    device: str
+    seed: int
+
+
+def task(device: str, quick: bool, seed: int) -> Task:
+    """From half a million parameters to a billion."""
+    if quick:
+        return Task(Llama(128, 2, batch=4, context=64), 20, device, seed)
+    if device == "cpu":
+        return Task(Llama(768, 12, batch=2, context=64), 10, device, seed)
+    return Task(Llama(2048, 18, batch=4, context=512, dtype=torch.bfloat16), 60, device, seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer's training."""
+
+    losses: list[float]
+    whole: Spread
+    """Seconds of a step, forward and backward included."""
+    optimizer: Spread
+    """Seconds of the optimizer's step."""
+    first: float
+    """Seconds of the optimizer's first step."""
+    peak: int | None
+    """Bytes on the GPU."""
+    state: int
+    parameters: int
+
+
+def train(task: Task, optimizer: Optimizer) -> Run:
+    """One training."""
+    model = task.llama.model(task.device, task.seed)
+    params = list(model.parameters())
+    made = optimizer.build(params, LR, DECAY)
+    batches = task.llama.batches(task.device, task.seed)
+    on_gpu = task.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    losses, whole, own = [], [], []
+    for _ in range(task.steps):
+        start = _now(on_gpu)
+        loss = task.llama.loss(model, next(batches))
+        torch.autograd.backward(loss)
+        before = _now(on_gpu)
+        made.step()
+        own.append(_now(on_gpu) - before)
+        for param in params:
+            param.grad = None
+        whole.append(_now(on_gpu) - start)
+        losses.append(loss.item())
+    warm = min(3, task.steps - 1)
+    return Run(
+        losses,
+        Spread.of(whole[warm:]),
+        Spread.of(own[warm:]),
+        own[0],
+        torch.cuda.max_memory_allocated() if on_gpu else None,
+        state_bytes(made),
+        sum(param.numel() for param in params),
+    )
+
+
+def _now(on_gpu: bool) -> float:
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Means over the last ``SMOOTHED`` losses."""
+    return [statistics.fmean(losses[max(0, end - SMOOTHED) : end]) for end in range(1, len(losses) + 1)]
+
+
+def about(task: Task, runs: dict[str, Run]) -> str:
+    size = next(iter(runs.values())).parameters
+    shape = f"{task.llama.width} wide, {task.llama.depth} layers, {size / 1e6:.1f}M parameters"
+    return f"a Llama {shape}, {task.steps} steps of {task.llama.batch} x {task.llama.context} bytes"
+
+
+def table(task: Task, runs: dict[str, Run], reasons: dict[str, str]) -> Table:
+    columns = ["optimizer", "last loss", "s a step", "of it optimizer", "first step", "state B/param"]
+    columns += ["peak GPU"] if task.device == "cuda" else []
+    rows: list[list[Cell | str]] = []
+    for one in OPTIMIZERS:
+        run = runs.get(one.key)
+        if run is None:
+            rows.append([one.key, "cannot run", *[""] * (len(columns) - 2)])
+            continue
+        cells = [f"{smoothed(run.losses)[-1]:.4f}", number(run.whole.median)]
+        cells += [
+            f"{1e3 * run.optimizer.median:.1f} ms",
+            f"{number(run.first)} s",
+            f"{run.state / run.parameters:.3f}",
+        ]
+        cells += [f"{run.peak / 2**30:.2f} GiB"] if run.peak is not None else []
+        rows.append([suite.name_cell(one.key), *cells])
+    notes = [
+        f"last loss: nats a byte, mean of the last {SMOOTHED} steps; times: medians; torchao uncompiled",
+        *suite.reason_notes(reasons),
+    ]
+    return Table(f"Training {about(task, runs)}", columns, rows, notes)
+
+
+def figure(task: Task, runs: dict[str, Run]) -> Figure:
+    """Loss curves, their distance from the first of torch's, and the optimizers' times."""
+    from matplotlib.figure import Figure
+
+    library = {one.key: one for one in OPTIMIZERS}
+    drawing = Figure(figsize=(12, 5.6), layout="constrained")
+    left, right = drawing.subfigures(1, 2, width_ratios=(1.25, 1))
+    curves, distances = left.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
+    base = smoothed(runs["torch fused"].losses) if "torch fused" in runs else None
+    for key, run in runs.items():
+        one = library[key]
+        style = {"color": COLOURS[one.library], "ls": "--" if one.paged else "-" if one.bits == 32 else "-."}
+        style |= {"lw": 2.4 if one.ours else 1.2}
+        curve = smoothed(run.losses)
+        curves.plot(range(1, len(curve) + 1), curve, label=key, **style)
+        if base:
+            distances.plot(
+                range(1, len(curve) + 1), [a - b for a, b in zip(curve, base, strict=True)], **style
+            )
+    curves.set_ylabel("loss, nats a byte")
+    curves.legend(frameon=False, fontsize=8, ncols=2)
+    distances.set(xlabel="step", ylabel="less torch fused's")
+    times = right.subplots()
+    keys = list(reversed(runs))
+    for place, key in enumerate(keys):
+        one, spread = library[key], runs[key].optimizer
+        times.barh(
+            place,
+            1e3 * spread.median,
+            color=COLOURS[one.library],
+            height=0.62,
+            alpha=0.55 if one.paged else 1,
+        )
+        times.text(1e3 * spread.median, place, f"  {number(1e3 * spread.median)}", va="center", size=9)
+    times.set_yticks(range(len(keys)), keys)
+    times.set_xlabel("milliseconds of the optimizer in a step")
+    times.margins(x=0.15)
+    for axes in (curves, distances, times):
+        suite.axes_style(axes)
+    drawing.suptitle(f"Training {about(task, runs)}", x=0.01, ha="left", weight="bold")
+    return drawing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, show and save."""
+    options = suite.parser("train", __doc__).parse_args(argv)
+    given = task(options.device, options.quick, options.seed)
+    found, reasons = runnable(OPTIMIZERS, options.device, given.llama.dtype)
+    runs: dict[str, Run] = {}
+    with contextlib.nullcontext() if options.quick else compiled_after(0):
+        for one in found:
+            try:
+                runs[one.key] = train(given, without_compiling(one))
+            except torch.OutOfMemoryError:
+                reasons[one.key] = "out of GPU memory"
+            gc.collect()
+    data: dict[str, Any] = {
+        "task": about(given, runs),
+        "cannot_run": reasons,
+        "optimizers": {key: asdict(run) for key, run in runs.items()},
+    }
+    suite.finish("train", argv, options, [table(given, runs, reasons)], data, figure(given, runs))
+    return 0

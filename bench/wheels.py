@@ -1,0 +1,41 @@
+"""``python -m bench wheels``: fetch the peers' wheels into .whl/, for a GPU machine without network.
+
+There: ``pip install --no-index --no-deps .whl/*.whl``. Its torch and Triton are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PEERS = ("bitsandbytes", "torchao", "flashoptim", "torch-optimi")
+LIMIT = 64 << 20
+"""Bytes that may travel to the machine."""
+FOLDER = Path(__file__).parents[1] / ".whl"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fetch; 1 if they are more than may travel."""
+    parser = argparse.ArgumentParser(prog="python -m bench wheels", description=__doc__.split("\n")[0])
+    parser.add_argument("--python", default="3.12", help="of the machine")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args(argv)
+    # Newest last; pip takes whichever of these a wheel is tagged with.
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 28)] + ["manylinux2014_x86_64"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", options.python, "--dest", str(options.out)]
+    for platform in platforms:
+        command += ["--platform", platform]
+    code = subprocess.run([*command, *PEERS], check=False).returncode
+    if code != 0:
+        return code
+    wheels = sorted(options.out.glob("*.whl"))
+    total = sum(wheel.stat().st_size for wheel in wheels)
+    for wheel in wheels:
+        print(f"{wheel.stat().st_size / 2**20:6.1f} MiB  {wheel.name}")
+    print(f"{total / 2**20:6.1f} MiB in all, of at most {LIMIT >> 20} MiB\n")
+    print("on the machine: pip install --no-index --no-deps .whl/*.whl && python -m bench --all")
+    return int(total > LIMIT)
