@@ -43,10 +43,10 @@ def predicted(optimizer: Optimizer, sizes: Sequence[int], device: str) -> Bytes 
     if not optimizer.ours:
         return None
     from adamw_triton.placement import place
-    from adamw_triton.state import SMALLEST_8BIT, Blockwise8, Float32
+    from adamw_triton.placement import place
+    from adamw_triton.state import format_for
 
-    eight = optimizer.bits == 8
-    formats = [Blockwise8(128) if eight and size >= SMALLEST_8BIT else Float32() for size in sizes]
+    formats = [format_for(size, optimizer.bits) for size in sizes]
     placed = place(list(zip(formats, sizes, strict=True)), optimizer.paged)
     if device == "cpu":
         return Bytes(0, placed.gpu_bytes + placed.host_bytes)
