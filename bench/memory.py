@@ -43,7 +43,6 @@ def predicted(optimizer: Optimizer, sizes: Sequence[int], device: str) -> Bytes 
     if not optimizer.ours:
         return None
     from adamw_triton.placement import place
-    from adamw_triton.placement import place
     from adamw_triton.state import format_for
 
     formats = [format_for(size, optimizer.bits) for size in sizes]
