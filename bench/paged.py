@@ -193,9 +193,9 @@ def figure(measured: dict[str, Measured], link: Link, device: str, about: str) -
     )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
-    axes.set_xlabel("milliseconds a step")
+    axes.set_xlabel(f"milliseconds a step: {about}")
     axes.margins(x=0.14)
-    axes.set_title(f"Paged beside resident: {about}", loc="left", weight="bold")
+    axes.set_title("Paged state beside resident", loc="left", weight="bold")
     suite.axes_style(axes)
     axes.grid(axis="y", visible=False)
     return drawing
