@@ -111,6 +111,10 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return [statistics.fmean(losses[max(0, end - SMOOTHED) : end]) for end in range(1, len(losses) + 1)]
 
 
+def spread(seconds: Spread) -> str:
+    return f"{number(seconds.median)} ± {number((seconds.high - seconds.low) / 2, 2)}"
+
+
 def about(task: Task, runs: dict[str, Run]) -> str:
     size = next(iter(runs.values())).parameters
     shape = f"{task.llama.width} wide, {task.llama.depth} layers, {size / 1e6:.1f}M parameters"
@@ -118,7 +122,7 @@ def about(task: Task, runs: dict[str, Run]) -> str:
 
 
 def table(task: Task, runs: dict[str, Run], reasons: dict[str, str]) -> Table:
-    columns = ["optimizer", "last loss", "s a step", "of it optimizer", "first step", "state B/param"]
+    columns = ["optimizer", "last loss", "s a step", "of it optimizer, s", "first step", "state B/param"]
     columns += ["peak GPU"] if task.device == "cuda" else []
     rows: list[list[Cell | str]] = []
     for one in OPTIMIZERS:
@@ -126,16 +130,17 @@ def table(task: Task, runs: dict[str, Run], reasons: dict[str, str]) -> Table:
         if run is None:
             rows.append([one.key, "cannot run", *[""] * (len(columns) - 2)])
             continue
-        cells = [f"{smoothed(run.losses)[-1]:.4f}", number(run.whole.median)]
+        cells = [f"{smoothed(run.losses)[-1]:.4f}", spread(run.whole)]
         cells += [
-            f"{1e3 * run.optimizer.median:.1f} ms",
+            spread(run.optimizer),
             f"{number(run.first)} s",
             f"{run.state / run.parameters:.3f}",
         ]
         cells += [f"{run.peak / 2**30:.2f} GiB"] if run.peak is not None else []
         rows.append([suite.name_cell(one.key), *cells])
     notes = [
-        f"last loss: nats a byte, mean of the last {SMOOTHED} steps; times: medians; torchao uncompiled",
+        f"last loss: nats a byte, mean of the last {SMOOTHED} steps; times: medians ± half the distance "
+        "between the quartiles, one training after the other; torchao uncompiled",
         *suite.reason_notes(reasons),
     ]
     return Table(f"Training {about(task, runs)}", columns, rows, notes)
