@@ -1,13 +1,14 @@
 """``python -m bench train``: a Llama of transformers trained on real text with every optimizer.
 
-The same weights, the same batches. Measured are the loss at every step, the time of a step and the
-optimizer's share of it, and the peak of memory on a GPU.
+The same weights, the same batches; on a CPU, the optimizers take turns. Measured are the loss at every step,
+the time of a step and the optimizer's share of it, and the peak of memory on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import track
 
-from bench import suite
+from bench import report, suite
 from bench.optimizers import OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
 from bench.peers import state_bytes
 from bench.report import Cell, Table, number
@@ -67,37 +69,76 @@ class Run:
     parameters: int
 
 
-def train(task: Task, optimizer: Optimizer) -> Run:
-    """One training."""
-    model = task.llama.model(task.device, task.seed)
-    params = list(model.parameters())
-    made = optimizer.build(params, LR, DECAY)
-    batches = task.llama.batches(task.device, task.seed)
-    on_gpu = task.device == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    losses, whole, own = [], [], []
-    for _ in range(task.steps):
-        start = _now(on_gpu)
-        loss = task.llama.loss(model, next(batches))
+class Training:
+    """One optimizer's training, step by step."""
+
+    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+        self.task = task
+        self.on_gpu = task.device == "cuda"
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.model = task.llama.model(task.device, task.seed)
+        self.params = list(self.model.parameters())
+        self.optimizer = optimizer.build(self.params, LR, DECAY)
+        self.batches = task.llama.batches(task.device, task.seed)
+        self.losses: list[float] = []
+        self.whole: list[float] = []
+        self.own: list[float] = []
+
+    def step(self) -> None:
+        """Forward, backward, the optimizer; timed."""
+        start = _now(self.on_gpu)
+        loss = self.task.llama.loss(self.model, next(self.batches))
         torch.autograd.backward(loss)
-        before = _now(on_gpu)
-        made.step()
-        own.append(_now(on_gpu) - before)
-        for param in params:
+        before = _now(self.on_gpu)
+        self.optimizer.step()
+        self.own.append(_now(self.on_gpu) - before)
+        for param in self.params:
             param.grad = None
-        whole.append(_now(on_gpu) - start)
-        losses.append(loss.item())
-    warm = min(3, task.steps - 1)
-    return Run(
-        losses,
-        Spread.of(whole[warm:]),
-        Spread.of(own[warm:]),
-        own[0],
-        torch.cuda.max_memory_allocated() if on_gpu else None,
-        state_bytes(made),
-        sum(param.numel() for param in params),
-    )
+        self.whole.append(_now(self.on_gpu) - start)
+        self.losses.append(loss.item())
+
+    def run(self) -> Run:
+        """What came of it. The first steps allocate and compile: times are of those behind them."""
+        warm = min(3, self.task.steps - 1)
+        return Run(
+            self.losses,
+            Spread.of(self.whole[warm:]),
+            Spread.of(self.own[warm:]),
+            self.own[0],
+            torch.cuda.max_memory_allocated() if self.on_gpu else None,
+            state_bytes(self.optimizer),
+            sum(param.numel() for param in self.params),
+        )
+
+
+def in_turns(task: Task, optimizers: Sequence[Optimizer]) -> dict[str, Run]:
+    """All at once, a step of each in a round, in an order drawn anew: whatever disturbs the machine for a
+    while disturbs them all. It takes the memory of all models."""
+    trainings = {one.key: Training(task, one) for one in optimizers}
+    order, shuffle = list(trainings), random.Random(task.seed).shuffle
+    for _ in track(range(task.steps), "train", console=report.console()):
+        shuffle(order)
+        for key in order:
+            trainings[key].step()
+    return {key: training.run() for key, training in trainings.items()}
+
+
+def one_by_one(task: Task, optimizers: Sequence[Optimizer], reasons: dict[str, str]) -> dict[str, Run]:
+    """On a GPU, of which each takes most."""
+    runs = {}
+    for one in track(optimizers, "train", console=report.console()):
+        try:
+            training = Training(task, one)
+            for _ in range(task.steps):
+                training.step()
+            runs[one.key] = training.run()
+        except torch.OutOfMemoryError:
+            reasons[one.key] = "out of GPU memory"
+        finally:
+            training = None
+            gc.collect()
+    return runs
 
 
 def _now(on_gpu: bool) -> float:
@@ -194,14 +235,10 @@ def main(argv: Sequence[str]) -> int:
     options = suite.parser("train", __doc__).parse_args(argv)
     given = task(options.device, options.quick, options.seed)
     found, reasons = runnable(OPTIMIZERS, options.device, given.llama.dtype)
-    runs: dict[str, Run] = {}
+    trained = [without_compiling(one) for one in found]
     with contextlib.nullcontext() if options.quick else compiled_after(0):
-        for one in found:
-            try:
-                runs[one.key] = train(given, without_compiling(one))
-            except torch.OutOfMemoryError:
-                reasons[one.key] = "out of GPU memory"
-            gc.collect()
+        on_cpu = options.device == "cpu"
+        runs = in_turns(given, trained) if on_cpu else one_by_one(given, trained, reasons)
     data: dict[str, Any] = {
         "task": about(given, runs),
         "cannot_run": reasons,
