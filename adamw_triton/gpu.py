@@ -92,7 +92,7 @@ class CudaAllocator:
     def snapshot(self) -> Snapshot:
         free, total = torch.cuda.mem_get_info(self._device)
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-        peak, retries = self.signs()
+        peak, retries = _signs(stats)
         unused = max(0, _count(stats, "reserved_bytes", "peak") - peak)
         return Snapshot(
             free,
@@ -105,10 +105,7 @@ class CudaAllocator:
         )
 
     def signs(self) -> tuple[int, int]:
-        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-        # The backend cudaMallocAsync counts no active bytes.
-        peak = max(_count(stats, name, "peak") for name in ("active_bytes", "allocated_bytes"))
-        return peak, int(stats.get("num_alloc_retries", 0))
+        return _signs(torch.cuda.memory_stats_as_nested_dict(self._device))
 
     def on_out_of_memory(self, listener: Callable[[int], None]) -> None:
         _listeners.setdefault(self._device.index, []).append(weakref.WeakMethod(listener))
@@ -118,6 +115,12 @@ class CudaAllocator:
 def allocator_for(device: torch.device) -> Allocator | None:
     """None for the CPU."""
     return CudaAllocator(device) if device.type == "cuda" else None
+
+
+def _signs(stats: Mapping[str, Any]) -> tuple[int, int]:
+    # The backend cudaMallocAsync counts no active bytes.
+    peak = max(_count(stats, name, "peak") for name in ("active_bytes", "allocated_bytes"))
+    return peak, int(stats.get("num_alloc_retries", 0))
 
 
 def _count(stats: Mapping[str, Any], name: str, kind: str) -> int:
