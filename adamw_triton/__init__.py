@@ -7,13 +7,13 @@ from adamw_triton._version import __version__
 
 if TYPE_CHECKING:
     from adamw_triton.optimizer import AdamW
-    from adamw_triton.planning import plan
-    from adamw_triton.plans import Plan
+    from adamw_triton.selection.planning import plan
+    from adamw_triton.selection.plans import Plan
 
 __all__ = ["AdamW", "Plan", "__version__", "plan"]
 
 # Imported when asked for: the command line shows its help without torch.
-_HOMES = {"AdamW": "optimizer", "Plan": "plans", "plan": "planning"}
+_HOMES = {"AdamW": "optimizer", "Plan": "selection.plans", "plan": "selection.planning"}
 
 
 def __getattr__(name: str) -> Any:

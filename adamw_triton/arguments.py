@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from adamw_triton.memory import parse_bytes
-from adamw_triton.placement import check_budget
-from adamw_triton.transfer import TRANSFERS
+from adamw_triton.memory.units import parse_bytes
+from adamw_triton.paging.transfer import TRANSFERS
+from adamw_triton.state.placement import check_budget
 
 
 class Variant(NamedTuple):

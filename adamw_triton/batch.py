@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.pager import Arrays, Work
-from adamw_triton.state import Page, Slot, StateBuffer, as_real
+from adamw_triton.paging.pager import Arrays, Work
+from adamw_triton.state.buffers import Page, Slot, StateBuffer
+from adamw_triton.state.formats import as_real
 from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, Update, update_for
 
 PAGE_CHUNKS = 2048

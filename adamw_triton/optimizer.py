@@ -19,13 +19,13 @@ from adamw_triton.arguments import (
     check_variant,
     name_of,
 )
-from adamw_triton.auto import Auto, Chooser, Fixed
 from adamw_triton.batch import Item, pair_of
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
-from adamw_triton.placement import Policy
-from adamw_triton.plans import Plan
 from adamw_triton.reservations import Reservations
-from adamw_triton.state import as_real
+from adamw_triton.selection.auto import Auto, Chooser, Fixed
+from adamw_triton.selection.plans import Plan
+from adamw_triton.state.formats import as_real
+from adamw_triton.state.placement import Policy
 from adamw_triton.store import Store
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from adamw_triton.arguments import name_of
-from adamw_triton.auto import Chooser
 from adamw_triton.batch import Batch, Item
-from adamw_triton.placement import Policy
-from adamw_triton.selector import bits_of
-from adamw_triton.state import as_real, format_for
+from adamw_triton.selection.auto import Chooser
+from adamw_triton.selection.selector import bits_of
+from adamw_triton.state.formats import as_real, format_for
+from adamw_triton.state.placement import Policy
 from adamw_triton.store import State, Store, Wanted
 
 _KEPT_BATCHES = 16

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from adamw_triton import checkpoint
-from adamw_triton.device import device_for
 from adamw_triton.interrupts import DeferredInterrupt
-from adamw_triton.memory import require_host
-from adamw_triton.pager import Pager, Work
-from adamw_triton.placement import SMALLEST_BUDGET, Policy, largest_ring, page_elements, place, ring_for
-from adamw_triton.state import Format, Slot, StateBuffer, as_real, make_slots, nbytes
+from adamw_triton.memory.host import require_host
+from adamw_triton.paging.device import device_for
+from adamw_triton.paging.pager import Pager, Work
+from adamw_triton.state.buffers import Slot, StateBuffer, make_slots
+from adamw_triton.state.formats import Format, as_real, nbytes
+from adamw_triton.state.placement import SMALLEST_BUDGET, Policy, largest_ring, page_elements, place, ring_for
 
 _log = logging.getLogger("adamw_triton")
 

@@ -42,8 +42,8 @@ def predicted(optimizer: Optimizer, sizes: Sequence[int], device: str) -> Bytes 
     """Of ours, what ``place`` says; a CPU's memory has the staging buffers too."""
     if not optimizer.ours:
         return None
-    from adamw_triton.placement import place
-    from adamw_triton.state import format_for
+    from adamw_triton.state.formats import format_for
+    from adamw_triton.state.placement import place
 
     formats = [format_for(size, optimizer.bits) for size in sizes]
     placed = place(list(zip(formats, sizes, strict=True)), optimizer.paged)

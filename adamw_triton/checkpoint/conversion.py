@@ -16,7 +16,7 @@ from adamw_triton.checkpoint.entries import Saved, check_values, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
 from adamw_triton.checkpoint.loading import check_form, check_keys
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
-from adamw_triton.state import Blockwise8, Moments
+from adamw_triton.state.formats import Blockwise8, Moments
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 Group = dict[str, Any]

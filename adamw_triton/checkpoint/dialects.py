@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import BLOCK_SIZES
-from adamw_triton.state import Array, Blockwise8, Format, Moments, as_real
+from adamw_triton.state.formats import Array, Blockwise8, Format, Moments, as_real
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adamw_triton.checkpoint.dialects import DIALECTS, OTHERS, Dialect
-from adamw_triton.state import Format, Moments, as_real
+from adamw_triton.state.formats import Format, Moments, as_real
 
 Entry = Mapping[str, Any]
 

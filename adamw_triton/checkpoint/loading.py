@@ -18,7 +18,8 @@ from torch import Tensor
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint.entries import Entry, check_values, flat_of, read
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
-from adamw_triton.state import Slot, as_real
+from adamw_triton.state.buffers import Slot
+from adamw_triton.state.formats import as_real
 
 Groups = Sequence[dict[str, Any]]
 

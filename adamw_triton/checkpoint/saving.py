@@ -18,7 +18,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint.entries import Entry, read
-from adamw_triton.state import Slot, StateBuffer, as_real
+from adamw_triton.state.buffers import Slot, StateBuffer
+from adamw_triton.state.formats import as_real
 
 VERSION_KEY = "adamw_triton_version"
 """Beside "state" and "param_groups", where torch's loader and whoever rebuilds the dict pass it over. Parts

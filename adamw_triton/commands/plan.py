@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adamw_triton.cards import find_card
 from adamw_triton.commands import fail
-from adamw_triton.memory import format_bytes, parse_bytes
-from adamw_triton.model_files import Model, read_model, sketch
-from adamw_triton.model_files.sketch import LARGEST
+from adamw_triton.memory.units import format_bytes, parse_bytes
+from adamw_triton.models import Model, read_model, sketch
+from adamw_triton.models.sketch import LARGEST
+from adamw_triton.selection.cards import find_card
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adamw_triton.finetuning import Run
+    from adamw_triton.models.finetuning import Run
 
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
@@ -89,7 +89,7 @@ def plan(arguments: argparse.Namespace) -> int:
         question = check(arguments)
         model = find_model(arguments)
         run = how_trained(arguments)
-        from adamw_triton import finetuning
+        from adamw_triton.models import finetuning
 
         tensors = finetuning.tensors(model.weights, run)
         activations, origin = count_activations(arguments, model, run, question.activations)
@@ -191,7 +191,7 @@ def find_model(arguments: argparse.Namespace) -> Model:
 
 
 def how_trained(arguments: argparse.Namespace) -> Run:
-    from adamw_triton.finetuning import DTYPES, Run
+    from adamw_triton.models.finetuning import DTYPES, Run
 
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
@@ -205,8 +205,8 @@ def count_activations(
     arguments: argparse.Namespace, model: Model, run: Run, given: int | None
 ) -> tuple[int | None, str]:
     """Bytes, None if nothing can be said of them; and where the figure is from."""
-    from adamw_triton.activations import Batch, estimate
-    from adamw_triton.finetuning import workload
+    from adamw_triton.models.activations import Batch, estimate
+    from adamw_triton.models.finetuning import workload
 
     if given is not None:
         return given, f"{format_bytes(given)}, as given"
@@ -233,7 +233,7 @@ def ask(tensors: Sequence[Tensor], question: Question, activations: int | None, 
 
 def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
     """What is trained, in a line."""
-    from adamw_triton.finetuning import dtype_of
+    from adamw_triton.models.finetuning import dtype_of
 
     total = sum(weight.numel for weight in model.weights)
     dtype = str(dtype_of(model.weights, run)).removeprefix("torch.")

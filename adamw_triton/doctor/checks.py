@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from adamw_triton.cards import find_card
 from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
 from adamw_triton.doctor.machine import Gpu, User
-from adamw_triton.link import Link
-from adamw_triton.memory import Limit, format_bytes
+from adamw_triton.memory.host import Limit
+from adamw_triton.memory.units import format_bytes
+from adamw_triton.paging.link import Link
+from adamw_triton.selection.cards import find_card
 
 OLDEST_CAPABILITY = (7, 0)
 """The oldest NVIDIA GPUs that torch.compile lets Triton have: Volta. Whether kernels run is tried."""

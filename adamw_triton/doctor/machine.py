@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adamw_triton.device import device_for
-from adamw_triton.link import Link, measure
-from adamw_triton.memory import Limit, host_limit
-from adamw_triton.pinned import host_bytes
+from adamw_triton.memory.host import Limit, host_limit
+from adamw_triton.memory.pinned import host_bytes
+from adamw_triton.paging.device import device_for
+from adamw_triton.paging.link import Link, measure
 
 TRIAL_SECONDS = 300
 """A first compilation takes a few seconds a kernel; ten times that on a busy machine."""

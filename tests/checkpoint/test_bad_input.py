@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
-from adamw_triton.state import Blockwise8
+from adamw_triton.state.formats import Blockwise8
 from tests.checkpoint.sources import SHAPES, trained
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 

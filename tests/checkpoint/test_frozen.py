@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
-from adamw_triton.state import Blockwise8
+from adamw_triton.state.formats import Blockwise8
 from tests.checkpoint import release_0
 from tests.checkpoint.data import make
 from tests.optimizer.problems import bits, parameters, train

@@ -16,12 +16,12 @@ import torch
 import adamw_triton
 from adamw_triton.cli import main
 from adamw_triton.commands.plan import parse_count, parse_gpu
-from adamw_triton.model_files import ModelFileError
-from tests.model_files.files import write, write_model
-from tests.model_files.test_headers import HOSTILE, bytes_read
-from tests.model_files.test_model import shapes_of
+from adamw_triton.models import ModelFileError
+from tests.models.files import write, write_model
+from tests.models.test_headers import HOSTILE, bytes_read
+from tests.models.test_model import shapes_of
 
-CONFIGS = Path(__file__).parents[1] / "model_files" / "configs"
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 GIB = 1 << 30
 
 

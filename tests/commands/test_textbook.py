@@ -14,7 +14,7 @@ import pytest
 
 from adamw_triton.cli import main
 
-CONFIGS = Path(__file__).parents[1] / "model_files" / "configs"
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 
 def answer(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

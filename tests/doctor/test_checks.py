@@ -10,8 +10,8 @@ import pytest
 from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
 from adamw_triton.doctor.checks import CHECKS, NEED_GPU, examine
 from adamw_triton.doctor.machine import Gpu, User
-from adamw_triton.link import Link
-from adamw_triton.memory import Limit
+from adamw_triton.memory.host import Limit
+from adamw_triton.paging.link import Link
 
 GIB = 1 << 30
 T4 = Gpu("Tesla T4", (7, 5), free=14 * GIB, total=15 * GIB, integrated=False)

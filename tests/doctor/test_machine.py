@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.device import HostDevice
 from adamw_triton.doctor import OK, PROBLEM, WARNING, machine, trial
 from adamw_triton.doctor.checks import examine
 from adamw_triton.doctor.machine import Machine
-from adamw_triton.link import REPEATS, measure
-from adamw_triton.memory import host_limit
+from adamw_triton.memory.host import host_limit
+from adamw_triton.paging.device import HostDevice
+from adamw_triton.paging.link import REPEATS, measure
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

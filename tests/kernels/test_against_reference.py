@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.state import Blockwise8, Float32, Format, make_slots
+from adamw_triton.state.buffers import make_slots
+from adamw_triton.state.formats import Blockwise8, Float32, Format
 from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, adamw_8bit, adamw_32bit, reference
 
 DEVICES = [

@@ -57,7 +57,8 @@ def report(name: str) -> dict[str, Any]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from adamw_triton.state import Blockwise8, Float32, make_slots
+    from adamw_triton.state.buffers import make_slots
+    from adamw_triton.state.formats import Blockwise8, Float32
     from adamw_triton_kernels import Hyper, Layout, launch, update_for
 
     stub = StubDriver()

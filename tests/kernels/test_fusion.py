@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton.state import Blockwise8, Float32, Format, make_slots
+from adamw_triton.state.buffers import make_slots
+from adamw_triton.state.formats import Blockwise8, Float32, Format
 from adamw_triton_kernels import Hyper, Layout, fusion, reference
 
 NUMELS = (100_001, 5000, 7, 128 * 40)

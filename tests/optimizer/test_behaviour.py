@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
-from adamw_triton.state import SMALLEST_8BIT
+from adamw_triton.state.formats import SMALLEST_8BIT
 from tests.optimizer.problems import DTYPES, bits, parameters, set_grads, state_bits, train
 
 VARIANTS = ("32bit", "8bit")

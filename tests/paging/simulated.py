@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton import pager
+from adamw_triton.paging import pager
 
 Choose = Callable[[int], int]
 """Which of n streams goes on."""

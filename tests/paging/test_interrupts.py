@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import adamw_triton
-from adamw_triton import AdamW, batch, placement
+from adamw_triton import AdamW, batch
 from adamw_triton.interrupts import DeferredInterrupt
+from adamw_triton.state import placement
 from adamw_triton_kernels import reference
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
@@ -162,7 +163,7 @@ def test_what_fails_before_anything_is_written_may_be_tried_again(monkeypatch: p
     optimizer = trained("paged_8bit", 0)
     set_grads(optimizer.param_groups[0]["params"], 0)
     with monkeypatch.context() as patch:
-        patch.setattr("adamw_triton.device.HostDevice.allocate", out_of_memory)
+        patch.setattr("adamw_triton.paging.device.HostDevice.allocate", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError, match=r"3 staging buffers of 4\.5 KiB.*memory_budget"):
             optimizer.step()
     optimizer.step()

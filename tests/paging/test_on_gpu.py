@@ -11,7 +11,8 @@ from torch.autograd import DeviceType
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
-from adamw_triton import AdamW, placement
+from adamw_triton import AdamW
+from adamw_triton.state import placement
 from tests.optimizer.problems import bits, parameters, state_bits
 
 pytestmark = pytest.mark.gpu
@@ -111,7 +112,7 @@ def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) 
 
 def test_a_refused_registration_leaves_no_error_behind() -> None:
     """The driver's interface refuses, and the next kernel runs."""
-    from adamw_triton.pinned import CudaRegistrar
+    from adamw_triton.memory.pinned import CudaRegistrar
 
     torch.cuda.mem_get_info()
     assert CudaRegistrar().register(4096, 1 << 50) is not None

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from adamw_triton import AdamW, memory, placement, store
+from adamw_triton import AdamW, store
+from adamw_triton.memory import host as memory
+from adamw_triton.state import placement
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
 SHAPES = ((4500,), (10,), (70, 70))
@@ -192,8 +194,8 @@ def test_dropping_the_optimizer_drops_its_memory_at_once() -> None:
 REPEAT = """
 import json, sys, torch
 from pathlib import Path
-import adamw_triton, adamw_triton.state
-from adamw_triton import pinned
+import adamw_triton, adamw_triton.state.buffers
+from adamw_triton.memory import pinned
 from adamw_triton_kernels import fusion
 
 fusion.PATIENCE = 1 << 60  # the compiler takes memory of its own, and keeps it
@@ -203,7 +205,7 @@ if sys.argv[1] == "registered":  # the memory that a GPU gets, with a driver tha
         def register(self, address, size): return None
         def unregister(self, address): pass
     def register(size, device): return pinned.register_bytes(size, Registrar(), lambda: None)
-    adamw_triton.state.host_bytes = register
+    adamw_triton.state.buffers.host_bytes = register
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

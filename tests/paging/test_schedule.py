@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_triton import pager
-from adamw_triton.pager import Arrays, Pager
-from adamw_triton.placement import Ring, staged_bytes
-from adamw_triton.state import Blockwise8, Float32, Format, Page, StateBuffer, make_slots
+from adamw_triton.paging import pager
+from adamw_triton.paging.pager import Arrays, Pager
+from adamw_triton.state.buffers import Page, StateBuffer, make_slots
+from adamw_triton.state.formats import Blockwise8, Float32, Format
+from adamw_triton.state.placement import Ring, staged_bytes
 from tests.paging.simulated import EveryOrder, SimulatedDevice, random_order
 
 ORDERS = 1000

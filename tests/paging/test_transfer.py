@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamw_triton.device import Device
-from adamw_triton.transfer import COPY, TRANSFERS, ZERO_COPY, Choice
+from adamw_triton.paging.device import Device
+from adamw_triton.paging.transfer import COPY, TRANSFERS, ZERO_COPY, Choice
 
 TRIALS = [COPY, COPY, ZERO_COPY, ZERO_COPY]
 

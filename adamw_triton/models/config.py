@@ -1,0 +1,90 @@
+"""What a model's config.json says about its size, under whichever names its family uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from adamw_triton.models.weights import ModelFileError
+
+LIMITS = {
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 10_000,
+    "vocab_size": 1 << 26,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "moe_intermediate_size": 1 << 24,
+    "num_experts_per_tok": 1 << 12,
+}
+"""The largest value that is believed: ten or more times that of any model so far."""
+
+_OTHER_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class Dimensions(NamedTuple):
+    """What the activations of a decoder depend on."""
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    intermediate: int
+    """Width of the feed-forward, of all experts that a token goes through."""
+    query_width: int
+    """Heads times width of a head."""
+    key_width: int
+    """The same of the keys, which fewer heads may share."""
+
+
+def size(config: Mapping[str, Any], key: str) -> int | None:
+    """A whole number that is at least 1; None where the file says nothing, or null.
+
+    Raises:
+        ModelFileError: it is something else, or absurd.
+    """
+    value = config.get(key)
+    if value is None and key in _OTHER_NAMES:
+        value = config.get(_OTHER_NAMES[key])
+    if value is None:
+        return None
+    if type(value) is not int or not 1 <= value <= LIMITS[key]:
+        shown = f"{value!r:.60}"
+        raise ModelFileError(
+            f"config.json says {key}={shown}: it must be a whole number, 1 to {LIMITS[key]:,}"
+        )
+    return value
+
+
+def language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part about the language model: of a multimodal model it is an object of its own."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def read_dtype(config: Mapping[str, Any]) -> str | None:
+    """Of the weights on disk, as safetensors writes it; None where it is not said."""
+    value = config.get("dtype", config.get("torch_dtype"))
+    return _DTYPES.get(value) if isinstance(value, str) else None
+
+
+def read_dimensions(config: Mapping[str, Any]) -> Dimensions | None:
+    """None where the file leaves out too much."""
+    config = language_part(config)
+    hidden, layers, vocabulary, heads = (
+        size(config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    )
+    if hidden is None or layers is None or vocabulary is None or heads is None:
+        return None
+    head_dim = size(config, "head_dim") or max(1, hidden // heads)
+    expert = size(config, "moe_intermediate_size") or size(config, "intermediate_size") or 4 * hidden
+    return Dimensions(
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        intermediate=expert * (size(config, "num_experts_per_tok") or 1),
+        query_width=heads * head_dim,
+        key_width=(size(config, "num_key_value_heads") or heads) * head_dim,
+    )

@@ -1,0 +1,114 @@
+"""Every weight of a decoder of the Llama family, from its config.json alone.
+
+A family is data: what its config may leave out, and where it differs from Llama. The tests hold each
+against the model that transformers builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from adamw_triton.models.config import size
+from adamw_triton.models.weights import ModelFileError, Weight
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+class Family(NamedTuple):
+    """Where one differs."""
+
+    defaults: Mapping[str, Any] = {}
+    """What transformers assumes of a key that is not in the file."""
+    bias_keys: Mapping[str, str] = {}
+    """Of a part of the layer, the key that gives its projections biases."""
+    query_bias: bool = False
+    """q, k and v have biases, whatever the file says."""
+    head_norms: bool = False
+    """q and k are normalized, each head alike."""
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    fused: bool = False
+    """One projection makes q, k and v, and one gate and up."""
+
+
+_HEADS_ALIKE = {"num_key_value_heads": None}
+_GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
+_ATTENTION = {"self_attn": "attention_bias"}
+_FOUR_NORMS = (*Family().norms, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+FAMILIES = {
+    "llama": Family(_HEADS_ALIKE, bias_keys=_ATTENTION | {"mlp": "mlp_bias"}),
+    "mistral": Family(),
+    "qwen2": Family(query_bias=True),
+    "qwen3": Family({"head_dim": 128}, bias_keys=_ATTENTION, head_norms=True),
+    "gemma": Family(_GEMMA, bias_keys=_ATTENTION),
+    "gemma2": Family(_GEMMA, bias_keys=_ATTENTION, norms=_FOUR_NORMS),
+    "gemma3_text": Family(_GEMMA, bias_keys=_ATTENTION, norms=_FOUR_NORMS, head_norms=True),
+    "phi3": Family(_HEADS_ALIKE, fused=True),
+}
+
+
+def weights_of(config: Mapping[str, Any], dtype: str) -> list[Weight]:
+    """The weights that transformers gives the causal language model of this config.
+
+    Raises:
+        ModelFileError: the family is not known, or a size is missing or absurd.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ModelFileError(
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone (only those of "
+            f"{', '.join(FAMILIES)}): put its safetensors files beside it, or give --params"
+        )
+    family = FAMILIES[name]
+    return [Weight(name, shape, dtype) for name, shape in _shapes({**family.defaults, **config}, family)]
+
+
+def _shapes(config: Mapping[str, Any], family: Family) -> Shapes:
+    hidden, vocabulary = _required(config, "hidden_size"), _required(config, "vocab_size")
+    layer = list(_layer(config, family, hidden))
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for number in range(_required(config, "num_hidden_layers")):
+        for name, shape in layer:
+            yield f"model.layers.{number}.{name}", shape
+    yield "model.norm.weight", (hidden,)
+    if not config.get("tie_word_embeddings", False):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:
+    heads, intermediate = _required(config, "num_attention_heads"), _required(config, "intermediate_size")
+    if "num_key_value_heads" not in config:
+        raise ModelFileError("config.json does not say num_key_value_heads")
+    head_dim = size(config, "head_dim") or hidden // heads
+    if head_dim == 0:
+        raise ModelFileError(f"config.json says num_attention_heads={heads}, more than hidden_size={hidden}")
+    queries, keys = heads * head_dim, (size(config, "num_key_value_heads") or heads) * head_dim
+    if family.fused:
+        projections = {
+            "self_attn.qkv_proj": (queries + 2 * keys, hidden),
+            "mlp.gate_up_proj": (2 * intermediate, hidden),
+        }
+    else:
+        projections = {f"self_attn.{letter}_proj": (rows, hidden) for letter, rows in
+                       (("q", queries), ("k", keys), ("v", keys))}  # fmt: skip
+        projections |= {f"mlp.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
+    projections |= {"self_attn.o_proj": (hidden, queries), "mlp.down_proj": (hidden, intermediate)}
+    biased = tuple(part for part, key in family.bias_keys.items() if config.get(key))
+    if family.query_bias:
+        biased = ("self_attn.q", "self_attn.k", "self_attn.v")
+    for name, shape in projections.items():
+        yield f"{name}.weight", shape
+        if name.startswith(biased):
+            yield f"{name}.bias", shape[:1]
+    if family.head_norms:
+        yield "self_attn.q_norm.weight", (head_dim,)
+        yield "self_attn.k_norm.weight", (head_dim,)
+    for name in family.norms:
+        yield f"{name}.weight", (hidden,)
+
+
+def _required(config: Mapping[str, Any], key: str) -> int:
+    value = size(config, key)
+    if value is None:
+        raise ModelFileError(f"config.json does not say {key}")
+    return value

@@ -1,0 +1,135 @@
+"""Pages of state in, updated, and out again: the schedule.
+
+    inbound   |copy 0|copy 1|copy 2|copy 3|...
+    compute          | upd 0| upd 1| upd 2| upd 3|...
+    outbound                |copy 0|copy 1|copy 2|copy 3|
+
+Each page takes the next of a few staging buffers. The four waits that make this right are in
+``Pager._copying``; the tests run it in every order they allow, and without each. The last pages go out
+while the next forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adamw_triton.memory.units import format_bytes
+from adamw_triton.paging.device import Device, Event
+from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
+from adamw_triton.state.buffers import Page
+from adamw_triton.state.formats import round_up
+from adamw_triton.state.placement import CARVED, SMALLEST_BUDGET, Ring
+
+Arrays = Mapping[str, Tensor]
+Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
+"""Pages, and what updates each, given its arrays where the device has them."""
+
+
+class Pager:
+    """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates."""
+
+    _last: Event | None = None
+    """After it, all pages are where they belong. Of the class: ``__del__`` finds it even if ``__init__`` was
+    interrupted."""
+
+    def __init__(self, device: Device, transfer: str) -> None:
+        self._device = device
+        self._choice = Choice(device, transfer)
+        self._transfer = COPY
+        self._ring: list[Tensor] = []
+
+    def __del__(self) -> None:
+        self.finish()  # or the ring's memory would be used anew while pages go out of it
+
+    @property
+    def staging_bytes(self) -> int:
+        return sum(stage.numel() for stage in self._ring)
+
+    def prepare(self, work: Work, ring: Ring) -> None:
+        """Choose the way, and make the staging buffers that it needs: all that can fail before a step.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit.
+        """
+        reachable = all(self._device.reaches(array) for page, _ in work for array in page.arrays().values())
+        self._transfer = self._choice.next(reachable)
+        if self._transfer == ZERO_COPY:
+            if self._choice.settled:
+                self.free()
+        elif len(self._ring) < ring.stages or self._ring[0].numel() < ring.stage_bytes:
+            self.free()
+            self._ring = self._allocate(ring)
+            self._device.inbound.wait(self._device.compute.record())  # earlier work may use that memory
+
+    def walk(self, work: Work) -> None:
+        """Queue the updates of all pages. Any order of them would do: no two share an element."""
+        begin = self._device.compute.record()
+        try:
+            self._last = self._in_place(work) if self._transfer == ZERO_COPY else self._copying(work)
+        except BaseException:
+            self._device.synchronize()  # what is queued uses memory that may be freed now
+            raise
+        nbytes = sum(array.nbytes for page, _ in work for array in page.arrays().values())
+        self._choice.ran(self._transfer, nbytes, begin, self._last)
+
+    def _copying(self, work: Work) -> Event:
+        inbound, compute, outbound = self._device.inbound, self._device.compute, self._device.outbound
+        if self._last is not None:
+            inbound.wait(self._last)  # the page may be still on its way out, and so may the stages
+        left: list[Event] = []
+        for number, (page, update) in enumerate(work):
+            if number >= len(self._ring):
+                inbound.wait(left[number - len(self._ring)])
+            arrays = page.arrays()
+            staged = carve(self._ring[number % len(self._ring)], arrays)
+            for name in arrays:
+                inbound.copy(staged[name], arrays[name])
+            compute.wait(inbound.record())
+            compute.run(partial(update, staged))
+            outbound.wait(compute.record())
+            for name in arrays:
+                outbound.copy(arrays[name], staged[name])
+            left.append(outbound.record())
+        return left[-1]
+
+    def _in_place(self, work: Work) -> Event:
+        compute = self._device.compute
+        if self._last is not None:
+            compute.wait(self._last)
+        for page, update in work:
+            compute.run(partial(update, page.arrays()))
+        return compute.record()
+
+    def _allocate(self, ring: Ring) -> list[Tensor]:
+        try:
+            return [self._device.allocate(ring.stage_bytes) for _ in range(ring.stages)]
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"paging needs {ring.stages} staging buffers of {format_bytes(ring.stage_bytes)} on the GPU, "
+                f"{format_bytes(ring.nbytes)} in all: free GPU memory, or set memory_budget to fewer bytes "
+                f"({format_bytes(SMALLEST_BUDGET)} at least). {error}"
+            ) from error
+
+    def finish(self) -> None:
+        """Wait until all pages are on the host."""
+        if self._last is not None:
+            self._device.finish(self._last)
+
+    def free(self) -> None:
+        """Hand back the staging buffers."""
+        self.finish()
+        self._ring = []
+
+
+def carve(stage: Tensor, arrays: Arrays) -> dict[str, Tensor]:
+    """Room for arrays in a staging buffer."""
+    staged = {}
+    start = 0
+    for name, array in arrays.items():
+        staged[name] = stage[start : start + array.nbytes].view(array.dtype)
+        start += round_up(array.nbytes, CARVED)
+    return staged

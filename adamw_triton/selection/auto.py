@@ -1,0 +1,257 @@
+"""``variant="auto"``: what is decided at the first step, and what is spilled when training grows later.
+
+At the first step gradients are live and forward and backward have had their peak: the one moment when it is
+known what is left for state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adamw_triton.memory import gpu
+from adamw_triton.memory.host import host_limit
+from adamw_triton.memory.units import format_bytes
+from adamw_triton.selection import rates
+from adamw_triton.selection.plans import Candidate, Limits, Plan
+from adamw_triton.selection.ranks import agree
+from adamw_triton.selection.selector import Demand, Trained, select
+from adamw_triton.state.placement import Policy
+from adamw_triton.store import State
+
+SPILLED_AT_ONCE = 512 << 20
+"""Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times
+as long as launching them does."""
+
+Held = Callable[[torch.device], int]
+"""Bytes of state and staging on a GPU."""
+Spill = Callable[[torch.device, int], int]
+"""Takes so many bytes of state off a GPU; how many it were, 0 if there are none left."""
+
+_UNKNOWN = 1 << 50
+_log = logging.getLogger("adamw_triton")
+
+
+class Chooser(Protocol):
+    """What an optimizer asks about the format and the place of state."""
+
+    @property
+    def plan(self) -> Plan | None: ...
+
+    @property
+    def bits(self) -> int:
+        """Of state, unless its group says otherwise."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def decided(self) -> bool: ...
+
+    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+        """At the first step; ``state`` may show what was loaded."""
+
+    def retreat(self) -> bool:
+        """After what was decided ran out of memory: decide otherwise; False if there is no other way."""
+
+    def attach(self, held: Held, spill: Spill) -> None:
+        """Be given two methods of the optimizer, which is kept only weakly."""
+
+    def watch(self) -> None:
+        """At the beginning of every step: spill where training has come to need more. That also happens when
+        an allocation fails between steps."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A variant that the user named."""
+
+    bits: int
+    policy: Policy
+    plan: None = None
+    decided: bool = True
+
+    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None: ...
+
+    def retreat(self) -> bool:
+        return False
+
+    def attach(self, held: Held, spill: Spill) -> None: ...
+
+    def watch(self) -> None: ...
+
+
+class Auto:
+    """The decision of one optimizer. Can be copied and pickled; a copy keeps it, and watches anew.
+
+    Args:
+        budget: bytes that the user lets state take on each GPU; None for all that is left.
+        block_size: of the 8-bit format.
+    """
+
+    def __init__(self, budget: int | None, block_size: int) -> None:
+        self._budget = budget
+        self._block_size = block_size
+        self.plan: Plan | None = None
+        self._devices: Sequence[torch.device] = ()
+        self._watches: dict[torch.device, Watch] = {}
+        self._held: weakref.WeakMethod[Held] | None = None
+        self._spill: weakref.WeakMethod[Spill] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_watches": {}, "_held": None, "_spill": None}
+
+    @property
+    def _taken(self) -> Candidate | None:
+        """What is followed: if nothing fits, the last resort."""
+        return None if self.plan is None else self.plan.chosen or self.plan.last_resort
+
+    @property
+    def bits(self) -> int:
+        return 32 if self._taken is None else self._taken.bits
+
+    @property
+    def policy(self) -> Policy:
+        """For the store."""
+        if self._taken is None:
+            return Policy(paged=False, grain=SPILLED_AT_ONCE)
+        budgets = dict(zip(self._devices, self._taken.budgets, strict=True))
+        return Policy(self._taken.paged, budgets=budgets, grain=SPILLED_AT_ONCE)
+
+    @property
+    def decided(self) -> bool:
+        return self.plan is not None
+
+    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+        trained: dict[torch.device, list[Trained]] = defaultdict(list)
+        for group in groups:
+            for param in group["params"]:
+                if param.requires_grad or param.grad is not None:
+                    trained[param.device].append(Trained.of(param, group))
+        loaded: Counter[torch.device] = Counter()
+        for tensor in itertools.chain.from_iterable(entry.values() for entry in state.values()):
+            if isinstance(tensor, Tensor):
+                loaded[tensor.device] += tensor.nbytes
+        host = host_limit()
+        host_room = _UNKNOWN if host is None else host.available
+        self._devices = tuple(trained)
+        demands = []
+        for device in self._devices:
+            limits, taken = self._limits(device, loaded[device])
+            demands.append(Demand(limits, trained[device]))
+            host_room -= taken
+        self.plan = agree(select(demands, host_room, block_size=self._block_size))
+        for device in self._devices:
+            self._watch(device)
+        if self.plan.chosen is None:
+            _log.warning("auto: %s. Trying %s", self.plan.summary(), self.plan.last_resort.name)
+        else:
+            _log.info("auto: %s", self.plan.summary())
+
+    def _limits(self, device: torch.device, loaded: int) -> tuple[Limits, int]:
+        """Of a device, and what training will take of the host's memory there."""
+        allocator = gpu.allocator_for(device)
+        if allocator is None:
+            return Limits(str(device), _UNKNOWN, *rates.known(device), shared=True), 0
+        snapshot = allocator.snapshot()
+        room, spent = snapshot.room(loaded), snapshot.spent(loaded)
+        if self._budget is not None and self._budget < room:
+            room, spent = self._budget, (("memory_budget", self._budget),)
+        limits = Limits(allocator.name, room, *rates.known(device), shared=snapshot.shared, spent=spent)
+        return limits, snapshot.to_come if snapshot.shared else 0
+
+    def retreat(self) -> bool:
+        if self.plan is None or self.plan.chosen is None:
+            return False
+        failed = self.plan.chosen
+        plan = self.plan.without_chosen("ran out of memory when it was allocated")
+        if plan.chosen is None:
+            return False
+        self.plan = plan
+        for watch in self._watches.values():
+            watch.owed = 0  # the other choice is the answer
+        _log.warning("auto: %s ran out of memory; %s is used", failed.name, plan.chosen.name)
+        return True
+
+    def attach(self, held: Held, spill: Spill) -> None:
+        self._held, self._spill = weakref.WeakMethod(held), weakref.WeakMethod(spill)
+
+    def watch(self) -> None:
+        for device in self._devices:
+            watch = self._watches.get(device) or self._watch(device)
+            if watch is not None:
+                watch.relieve()
+
+    def _watch(self, device: torch.device) -> Watch | None:
+        allocator = gpu.allocator_for(device)
+        if allocator is None or self._held is None or self._spill is None:
+            return None
+        self._watches[device] = Watch(device, allocator, self._held, self._spill)
+        return self._watches[device]
+
+
+class Watch:
+    """The memory of one GPU after the decision, and what the optimizer holds of it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        allocator: gpu.Allocator,
+        held: weakref.WeakMethod[Held],
+        spill: weakref.WeakMethod[Spill],
+    ) -> None:
+        self._device = device
+        self._allocator = allocator
+        self._held, self._spill = held, spill
+        self.owed = self._peak = self._beside = 0
+        self._seen: tuple[int, int] | None = None
+        self._retries = self._note().retries
+        allocator.on_out_of_memory(self._failed)
+
+    def relieve(self) -> None:
+        """Spill what keeps the next peak from fitting, if it is like the highest so far."""
+        seen, self._seen = self._seen, self._allocator.signs()
+        if self._seen == seen and not self.owed:
+            return
+        now = self._note()
+        short = self._beside + self._holds() + now.fragmented + now.slack - now.available
+        if now.retries > self._retries:
+            self._retries = now.retries
+            short = max(short, now.slack)
+        short, self.owed = max(short, self.owed), 0
+        if short > 0:
+            self._make_room(short, "training has come to need more memory")
+
+    def _failed(self, allocation: int) -> None:
+        self.owed = max(self.owed, allocation + self._note().slack)
+        if self._make_room(self.owed, "an allocation failed"):
+            self.owed = 0
+
+    def _note(self) -> gpu.Snapshot:
+        """Look. If the peak has risen, it was beside what is held now: this is called before that changes."""
+        now = self._allocator.snapshot()
+        if now.active_peak > self._peak:
+            self._peak = now.active_peak
+            self._beside = max(self._beside, now.active_peak - self._holds())
+        return now
+
+    def _holds(self) -> int:
+        held = self._held()
+        return 0 if held is None else held(self._device)
+
+    def _make_room(self, short: int, why: str) -> int:
+        spill = self._spill()
+        freed = 0 if spill is None else spill(self._device, short)
+        if freed:
+            _log.warning(
+                "auto: %s: %s of state moved from %s to the host", why, format_bytes(freed), self._device
+            )
+        return freed

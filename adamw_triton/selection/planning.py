@@ -1,0 +1,148 @@
+"""``plan()``: which variant fits a model on a GPU, before any training, also on a machine without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adamw_triton.arguments import BLOCK_SIZES, DTYPES
+from adamw_triton.memory import gpu
+from adamw_triton.memory.host import host_limit
+from adamw_triton.memory.units import parse_bytes
+from adamw_triton.selection import rates
+from adamw_triton.selection.cards import find_card
+from adamw_triton.selection.plans import Limits, Plan
+from adamw_triton.selection.selector import Demand, Trained, select
+
+CONTEXT = 500 << 20
+"""Bytes that CUDA and its libraries take for themselves before the first tensor, on a card that is not here.
+Estimated: it differs by driver and by which libraries are loaded."""
+
+_NO_ACTIVATIONS = "Activations are not counted: say how many bytes they take (activations=)."
+
+
+class Card(NamedTuple):
+    """The GPU that a plan is for."""
+
+    name: str
+    memory: int
+    """Bytes in all."""
+    context: int
+    """Of them taken before the first tensor."""
+    rates: rates.Rates
+
+
+def plan(
+    model_or_params: nn.Module | Iterable[Any],
+    gpu_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    activations: int | str | None = None,
+    prefer: str = "speed",
+    block_size: int = 128,
+) -> Plan:
+    """Which variant fits, and why the others do not.
+
+    Args:
+        model_or_params: a module, or what an optimizer takes: parameters, named ones, or groups. They may be
+            on the meta device. Those that require gradients are trained; of the others the bytes count.
+        gpu_memory: of one GPU: bytes, text like ``"24GiB"``, or a card's name like ``"T4"``. None: the
+            current GPU, of which what other processes take is gone.
+        host_memory: bytes or text that paged state may take. None: what this machine has available.
+        grad_dtype: of the gradients. None: each parameter's own.
+        activations: bytes or text that forward and backward take at their peak, beside weights, gradients
+            and state. None: not counted, and the plan says so.
+        prefer: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes to 8 bits.
+        block_size: of the 8-bit format, as in ``AdamW``.
+
+    Raises:
+        ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
+        TypeError: a trained parameter's dtype is not supported.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
+    tensors = list(_tensors(model_or_params))
+    if not tensors:
+        raise ValueError("model_or_params has no parameters to plan for")
+    trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
+    weights = sum(tensor.nbytes for tensor, _ in tensors)
+    gradients = sum(tensor.numel * tensor.grad_itemsize for tensor in trained)
+    here = sum(tensor.nbytes for tensor, _ in tensors if tensor.is_cuda)
+    card = _card(gpu_memory, here)
+    peak = 0 if activations is None else parse_bytes(activations, "activations")
+    slack = int(gpu.SLACK_SHARE * card.memory)
+    spent = (
+        ("memory", card.memory),
+        ("driver and other processes", card.context),
+        ("weights", weights),
+        ("gradients", gradients),
+        ("activations", peak),
+        ("slack", slack),
+    )
+    room = card.memory - sum(count for _, count in spent[1:])
+    return select(
+        [Demand(Limits(card.name, room, *card.rates, spent=spent), trained)],
+        _host_room(host_memory),
+        prefer=prefer,
+        block_size=block_size,
+        notes=() if activations is not None else (_NO_ACTIVATIONS,),
+    )
+
+
+def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Each tensor with its group; of a module its buffers too."""
+    if isinstance(model_or_params, nn.Module):
+        yield from ((tensor, {}) for tensor in (*model_or_params.parameters(), *model_or_params.buffers()))
+        return
+    if isinstance(model_or_params, Tensor):
+        raise TypeError("model_or_params must be a module or an iterable of parameters, not one tensor")
+    for item in model_or_params:
+        group = item if isinstance(item, Mapping) else {}
+        members = item["params"] if isinstance(item, Mapping) else [item]
+        for member in [members] if isinstance(members, Tensor) else members:
+            tensor = member[1] if isinstance(member, tuple) else member
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"model_or_params has a {type(tensor).__name__} where a tensor should be")
+            yield tensor, group
+
+
+def _trained(tensor: Tensor, group: Mapping[str, Any], grad_dtype: torch.dtype | None) -> Trained:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"a parameter that requires gradients has dtype {tensor.dtype}; AdamW cannot train it"
+        )
+    found = Trained.of(tensor, group)
+    return found if grad_dtype is None else found._replace(grad_itemsize=grad_dtype.itemsize)
+
+
+def _card(gpu_memory: int | str | None, here: int) -> Card:
+    """``here``: bytes of the model that are on this machine's GPU already."""
+    if gpu_memory is None:
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU here: say for which one (gpu_memory='T4', or '24GiB')")
+        device = torch.device("cuda", torch.cuda.current_device())
+        now = gpu.CudaAllocator(device)
+        snapshot = now.snapshot()
+        ours = snapshot.total - (snapshot.available - torch.cuda.memory_allocated(device) + here)
+        return Card(now.name, snapshot.total, ours, rates.measured(device))
+    try:
+        count = parse_bytes(gpu_memory, "gpu_memory")
+    except ValueError:
+        if not isinstance(gpu_memory, str) or gpu_memory.lstrip()[:1] in "-0123456789.":
+            raise
+        found = find_card(gpu_memory)
+        return Card(found.name, found.memory, CONTEXT, rates.named(found.name))
+    return Card("a GPU", count, CONTEXT, rates.UNKNOWN)
+
+
+def _host_room(host_memory: int | str | None) -> int:
+    if host_memory is not None:
+        return parse_bytes(host_memory, "host_memory")
+    limit = host_limit()
+    if limit is None:
+        raise ValueError("this system does not say how much memory it has: give host_memory")
+    return limit.available

@@ -1,0 +1,176 @@
+"""A ``Plan``: every way to keep the state, what each takes, and which one was chosen and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adamw_triton.memory.units import format_bytes
+from adamw_triton.selection.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+class Limits(NamedTuple):
+    """What a device has for state."""
+
+    device: str
+    room: int
+    """Bytes of its memory that state and staging may take; negative if even the rest does not fit."""
+    bandwidth: float
+    """Bytes a second of its memory."""
+    link: float
+    """Bytes a second from and to the host, each way while both run."""
+    rates: str
+    """Where the two come from."""
+    shared: bool = False
+    """Whether its memory is the host's: the CPU, and GPUs that have none of their own."""
+    spent: tuple[tuple[str, int], ...] = ()
+    """What led to the room, for people: first the memory, then what else takes of it."""
+
+    def __str__(self) -> str:
+        if not self.spent:
+            return f"{self.device}: {format_bytes(self.room)} for optimizer state"
+        (_, memory), *others = self.spent
+        line = f"{self.device}: {format_bytes(memory)}"
+        line += "".join(f" - {format_bytes(count)} {name}" for name, count in others if count)
+        return f"{line} = {format_bytes(self.room)} for optimizer state"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to keep the state, on all devices together."""
+
+    name: str
+    variant: str
+    """The ``variant=`` that does the same."""
+    bits: int
+    paged: bool
+    gpu_bytes: int
+    """State and staging on the GPUs."""
+    staging_bytes: int
+    """The part of ``gpu_bytes`` that pages pass through."""
+    host_bytes: int
+    """State in host memory."""
+    seconds: float
+    """Of a step, estimated from bandwidths; devices work side by side."""
+    obstacle: str
+    """Why it cannot be; empty if it fits."""
+    budgets: tuple[int | None, ...] = ()
+    """By device, bytes that state and staging may take of it; None for staging alone."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.obstacle
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Candidates in the order of preference; the first that fits is chosen.
+
+    ``str()`` of it is a table, and so are ``rich.print`` and its display in a notebook.
+    """
+
+    candidates: tuple[Candidate, ...]
+    prefer: str
+    limits: tuple[Limits, ...]
+    """Of each device."""
+    host_room: int
+    """Bytes of host memory that may be taken."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """None if nothing fits."""
+        return next((candidate for candidate in self.candidates if candidate.fits), None)
+
+    @property
+    def last_resort(self) -> Candidate:
+        """What to try if nothing fits."""
+        paged = [candidate for candidate in self.candidates if candidate.staging_bytes]
+        return min(paged or self.candidates, key=lambda candidate: (candidate.bits, candidate.gpu_bytes))
+
+    def without(self, obstacles: Sequence[str]) -> Plan:
+        """The plan with what else stands in the way of each candidate; empty for nothing."""
+        return replace(
+            self,
+            candidates=tuple(
+                replace(candidate, obstacle=candidate.obstacle or obstacle)
+                for candidate, obstacle in zip(self.candidates, obstacles, strict=True)
+            ),
+        )
+
+    def without_chosen(self, obstacle: str) -> Plan:
+        """The plan after the chosen candidate has failed."""
+        return self.without([obstacle if candidate is self.chosen else "" for candidate in self.candidates])
+
+    def reason(self, candidate: Candidate) -> str:
+        """Why a candidate was taken or not."""
+        if candidate is self.chosen:
+            return "chosen: the first that fits"
+        return candidate.obstacle or "fits too"
+
+    def summary(self) -> str:
+        """One line."""
+        taken = self.chosen
+        if taken is None:
+            return "nothing fits: " + "; ".join(f"{c.name} {c.obstacle}" for c in self.candidates)
+        line = f"{taken.name}: {format_bytes(taken.gpu_bytes)} of GPU memory"
+        line += f" and {format_bytes(taken.host_bytes)} of the host's" if taken.host_bytes else ""
+        before = self.candidates[: self.candidates.index(taken)]
+        return line + "".join(f"; {candidate.name} {candidate.obstacle}" for candidate in before)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts, for logs."""
+        return {
+            "chosen": None if self.chosen is None else self.chosen.name,
+            "prefer": self.prefer,
+            "host_room": self.host_room,
+            "devices": [{**limits._asdict(), "spent": dict(limits.spent)} for limits in self.limits],
+            "candidates": [
+                {**asdict(candidate), "budgets": list(candidate.budgets), "fits": candidate.fits}
+                for candidate in self.candidates
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return self._table().text()
+
+    def __rich__(self) -> Group:
+        return self._table().rich()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
+        rows = [
+            (
+                candidate.name,
+                format_bytes(candidate.gpu_bytes - candidate.staging_bytes),
+                format_bytes(candidate.staging_bytes),
+                format_bytes(candidate.host_bytes),
+                format_seconds(candidate.seconds),
+                self.reason(candidate),
+            )
+            for candidate in self.candidates
+        ]
+        rates = dict.fromkeys(
+            f"{limits.bandwidth / 1e9:.0f} GB/s of memory and {limits.link / 1e9:.1f} GB/s each way to the "
+            f"host ({limits.rates})"
+            for limits in self.limits
+        )
+        host = f"Host memory: {format_bytes(self.host_room)} can be taken. Steps are estimated from "
+        return Table(
+            "\n".join(map(str, self.limits)),
+            ("state", "on GPU", "staging", "on host", "step", ""),
+            rows,
+            (host + "; ".join(rates) + ".", *self.notes),
+            None if self.chosen is None else self.candidates.index(self.chosen),
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,1 @@
+"""The optimizer's state: its formats, the buffers it lies in, and how many bytes go where."""

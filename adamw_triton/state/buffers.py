@@ -1,0 +1,184 @@
+"""The flat buffers that hold the state of many parameters.
+
+All parameters of one device and one format share a ``StateBuffer``: a few long arrays in which each
+parameter owns an aligned range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamw_triton.memory.pinned import host_bytes
+from adamw_triton.state.formats import Format, as_real, nbytes, round_up
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter's place in a buffer."""
+
+    param: Tensor
+    name: str
+    """What error messages call the parameter."""
+    buffer: StateBuffer
+    index: int
+    start: int
+    numel: int
+    """Real elements: a complex element is two."""
+    shape: torch.Size
+    strides: tuple[int, ...]
+    """Of the parameter as real numbers when the slot was made: the order of the state in memory."""
+    contiguous: bool
+    """Whether that order is the one of a contiguous, real tensor."""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
+
+    @property
+    def format(self) -> Format:
+        return self.buffer.format
+
+    @property
+    def device_index(self) -> int:
+        """As ``Tensor.get_device`` counts: -1 for the CPU."""
+        return -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
+
+    def fits(self, param: Tensor, state_format: Format, paged: bool) -> bool:
+        """Whether the slot can go on being this parameter's."""
+        return (
+            self.param is param
+            and self.format == state_format
+            and self.buffer.paged == paged
+            and self.shape == param.shape
+            and self.buffer.device == param.device
+        )
+
+    def is_shown_by(self, entry: Mapping[str, Any]) -> bool:
+        """Whether ``entry`` holds this slot's own views."""
+        return entry.keys() == self.entry.keys() and all(entry[key] is self.entry[key] for key in entry)
+
+    def clear(self) -> None:
+        """Back to before the first update."""
+        self.buffer.steps[self.index] = 0
+        for array in self.flat().values():
+            array.zero_()
+        self.entry = {}
+
+    def flat(self, arrays: Mapping[str, Tensor] | None = None, begin: int = 0) -> dict[str, Tensor]:
+        """The slot's range of each array, one-dimensional, in memory order.
+
+        Args:
+            arrays: parts of the buffer's arrays from the element ``begin`` on; the whole ones if None.
+        """
+        arrays = self.buffer.arrays if arrays is None else arrays
+        ranges = {}
+        for array in self.format.arrays:
+            first = (self.start - begin) // array.per
+            ranges[array.name] = arrays[array.name][first : first - (-self.numel // array.per)]
+        return ranges
+
+    def shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ranges as others see them: in the parameter's shape, scales flat."""
+        shape = as_real(self.param).shape
+        views = {}
+        for array in self.format.arrays:
+            view = flat[array.name]
+            if array.per == 1:
+                view = view.as_strided(shape, self.strides)
+                if self.param.is_complex() and view.dtype is torch.float32:
+                    view = torch.view_as_complex(view)
+            views[array.name] = view
+        return views
+
+    def attach(self) -> dict[str, Any]:
+        """Make ``entry``: the shaped ranges and the step count. What is returned is a copy: others may
+        change theirs, and ours says what it was."""
+        self.entry = {"step": self.buffer.steps[self.index], **self.shaped(self.flat())}
+        return dict(self.entry)
+
+
+class StateBuffer:
+    """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
+    parameters. A paged one lives in pinned host memory."""
+
+    def __init__(
+        self, state_format: Format, device: torch.device, numel: int, slots: int, *, paged: bool = False
+    ) -> None:
+        self.format = state_format
+        self.device = device
+        self.numel = numel
+        self.paged = paged
+        self.on_host = paged
+        self.arrays = self._allocate()
+        # On the CPU, as torch.optim.AdamW keeps it; one array, so that counting is one operation.
+        self.steps = torch.zeros(slots, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return nbytes(self.format, self.numel)
+
+    def move(self, *, to_host: bool) -> None:
+        """Take the arrays to the host or back to the device. Views of them stay behind."""
+        before, was_on_host = self.arrays, self.on_host
+        self.on_host = to_host
+        try:
+            self.arrays = self._allocate()
+        except BaseException:
+            self.on_host = was_on_host
+            raise
+        for name, array in self.arrays.items():
+            array.copy_(before[name])
+
+    def _allocate(self) -> dict[str, Tensor]:
+        sizes = {array: self.numel // array.per for array in self.format.arrays}
+        if self.on_host:
+            return {
+                array.name: host_bytes(size * array.dtype.itemsize, self.device).view(array.dtype)
+                for array, size in sizes.items()
+            }
+        return {
+            array.name: torch.zeros(size, dtype=array.dtype, device=self.device)
+            for array, size in sizes.items()
+        }
+
+
+class Page(NamedTuple):
+    """A range of a buffer's elements; both ends are multiples of the format's alignment."""
+
+    buffer: StateBuffer
+    start: int
+    stop: int
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The range of each array."""
+        return {
+            array.name: self.buffer.arrays[array.name][self.start // array.per : self.stop // array.per]
+            for array in self.buffer.format.arrays
+        }
+
+
+def make_slots(
+    state_format: Format,
+    params: Sequence[tuple[Tensor, str]],
+    device: torch.device,
+    *,
+    paged: bool = False,
+) -> list[Slot]:
+    """A new buffer for these parameters, each with what messages call it; their places in it."""
+    reals = [as_real(param) for param, _ in params]
+    starts = [0]
+    for real in reals:
+        starts.append(starts[-1] + round_up(real.numel(), state_format.alignment))
+    buffer = StateBuffer(state_format, device, starts.pop(), len(reals), paged=paged)
+    slots = []
+    for index, ((param, name), real, start) in enumerate(zip(params, reals, starts, strict=True)):
+        dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps
+        contiguous = dense.is_contiguous() and not param.is_complex()
+        slots.append(
+            Slot(param, name, buffer, index, start, real.numel(), param.shape, dense.stride(), contiguous)
+        )
+    return slots

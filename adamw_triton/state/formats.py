@@ -1,0 +1,105 @@
+"""State formats. A format is data: its arrays, its alignment, how fp32 moments go in and out, and the name of
+the update that works on it. Whatever else handles state speaks of ranges and arrays and never asks which
+format it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adamw_triton_kernels import reference
+
+Moments = dict[str, Tensor]
+"""fp32 ``exp_avg`` and ``exp_avg_sq`` (and ``max_exp_avg_sq``), flat."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """One of a format's arrays: ``per`` elements of the parameter share one entry."""
+
+    name: str
+    dtype: torch.dtype
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Float32:
+    """fp32 moments, under torch.optim.AdamW's names. 8 bytes an element; 12 with amsgrad."""
+
+    amsgrad: bool = False
+
+    name = "32bit"
+    update = "adamw_32bit"
+    alignment = 32  # 128 bytes: a GPU's cache line
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
+        return tuple(Array(name, torch.float32) for name in names)
+
+    def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
+        for array in self.arrays:
+            into[array.name].copy_(moments[array.name])
+
+    def decode(self, views: Mapping[str, Tensor]) -> Moments:
+        return {array.name: views[array.name].float() for array in self.arrays}
+
+
+@dataclass(frozen=True)
+class Blockwise8:
+    """8-bit codes with two bf16 scales a block: 2 + 4/block bytes an element. See ``reference``."""
+
+    block: int = 128
+
+    name = "8bit"
+    update = "adamw_8bit"
+
+    @property
+    def alignment(self) -> int:
+        return self.block
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (
+            Array("exp_avg_codes", torch.int8),
+            Array("exp_avg_scales", torch.bfloat16, self.block),
+            Array("exp_avg_sq_codes", torch.uint8),
+            Array("exp_avg_sq_scales", torch.bfloat16, self.block),
+        )
+
+    def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
+        reference.encode_8bit(moments["exp_avg"], moments["exp_avg_sq"], into, self.block)
+
+    def decode(self, views: Mapping[str, Tensor]) -> Moments:
+        m, v = reference.decode_8bit(views, self.block)
+        return {"exp_avg": m, "exp_avg_sq": v}
+
+
+Format = Float32 | Blockwise8
+
+SMALLEST_8BIT = 4096
+"""Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
+
+
+def format_for(numel: int, bits: int, block_size: int = 128, amsgrad: bool = False) -> Format:
+    """Of a parameter with so many real elements."""
+    return Blockwise8(block_size) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad)
+
+
+def nbytes(state_format: Format, numel: int) -> int:
+    """Bytes of state for ``numel`` elements, rounded up to the format's alignment."""
+    whole = round_up(numel, state_format.alignment)
+    return sum(whole // array.per * array.dtype.itemsize for array in state_format.arrays)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as real numbers with a last dimension of 2; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,69 @@
+"""Weights told from config.json are those of the model that transformers builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from adamw_triton.models import ModelFileError
+from adamw_triton.models.families import FAMILIES, weights_of
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "intermediate_size": 56,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
+def built(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By transformers, on the meta device."""
+    settings = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(settings)
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+def told(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {weight.name: weight.shape for weight in weights_of(config, "BF16")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({}, id="as it comes"),
+        pytest.param(BIASED, id="biased"),
+        pytest.param({"head_dim": 24}, id="wide heads"),
+        pytest.param({"tie_word_embeddings": True}, id="tied"),
+        pytest.param({"tie_word_embeddings": False}, id="untied"),
+    ],
+)
+def test_weights_are_those_that_transformers_makes(name: str, extra: dict[str, Any]) -> None:
+    config = {"model_type": name, **SMALL, **extra}
+    assert told(config) == built(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_smallest_file_means_what_transformers_takes_it_for(name: str) -> None:
+    """Only what no family has a default for; where heads are shared by default, that must be said."""
+    config = {"model_type": name, **SMALL}
+    del config["num_key_value_heads"]
+    if "num_key_value_heads" in FAMILIES[name].defaults:
+        assert told(config) == told(config | {"num_key_value_heads": None}) == built(config)
+    else:
+        with pytest.raises(ModelFileError, match="does not say num_key_value_heads"):
+            told(config)
+
+
+def test_other_families_are_refused_by_name() -> None:
+    with pytest.raises(ModelFileError, match=r"model_type 'mamba' cannot be told from config\.json alone"):
+        weights_of({"model_type": "mamba", **SMALL}, "BF16")

@@ -1,0 +1,179 @@
+"""``adamw_triton.plan``: what it counts, what it refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+import adamw_triton
+from adamw_triton.selection import planning
+from adamw_triton.selection.cards import find_card
+from adamw_triton.selection.plans import Plan
+
+MiB, GiB = 1 << 20, 1 << 30
+MEMORY: dict[str, Any] = {"gpu_memory": "16GiB", "host_memory": "32GiB", "activations": 0}
+
+
+def spent(plan: Plan) -> dict[str, int]:
+    return dict(plan.limits[0].spent)
+
+
+def test_weights_gradients_and_the_rest_are_taken_off() -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.BatchNorm1d(1000)).to(torch.bfloat16)
+    for param in model[1].parameters():
+        param.requires_grad_(False)
+    plan = adamw_triton.plan(model, "16GiB", "32GiB", activations="1GiB")
+    trained = 1001 * 1000
+    assert spent(plan) == {
+        "memory": 16 * GiB,
+        "driver and other processes": planning.CONTEXT,
+        "weights": 2 * (trained + 2000) + 2 * 2000 + 8,  # the running statistics, and a count of 8 bytes
+        "gradients": 2 * trained,
+        "activations": GiB,
+        "slack": int(0.02 * 16 * GiB),
+    }
+    memory, *rest = spent(plan).values()
+    assert plan.limits[0].room == memory - sum(rest)
+    assert plan.candidates[0].gpu_bytes == 8 * (1000 * 1000 + 1024)
+
+
+FORMS: dict[str, Any] = {
+    "parameters": lambda params: params,
+    "a generator": iter,
+    "named parameters": lambda params: [(str(index), param) for index, param in enumerate(params)],
+    "groups": lambda params: [{"params": params[:1]}, {"params": params[1:]}],
+    "a group of one": lambda params: [{"params": params[0]}, {"params": iter(params[1:])}],
+    "groups of named parameters": lambda params: [{"params": [("a", params[0]), ("b", params[1])]}],
+    "a module": lambda params: nn.ParameterList(params),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_that_an_optimizer_takes(form: str) -> None:
+    params = [Parameter(torch.empty(5000, device="meta")), Parameter(torch.empty(70, 70, device="meta"))]
+    plan = adamw_triton.plan(FORMS[form](params), **MEMORY)
+    assert spent(plan)["weights"] == spent(plan)["gradients"] == 4 * 9900
+    assert plan.candidates[0].gpu_bytes == 8 * (5024 + 4928)
+
+
+def test_what_groups_ask_for_is_kept() -> None:
+    params = [Parameter(torch.empty(2**20, device="meta")) for _ in range(3)]
+    groups = [
+        {"params": params[0], "state_bits": 32},
+        {"params": params[1], "amsgrad": True},
+        {"params": params[2]},
+    ]
+    plan = adamw_triton.plan(groups, **MEMORY)
+    assert plan.candidates[0].gpu_bytes == (8 + 12 + 8) * 2**20
+    assert plan.candidates[1].gpu_bytes == (8 + 12 + 2 + 4 / 128) * 2**20
+
+
+def test_gradients_of_another_dtype() -> None:
+    params = [Parameter(torch.empty(1000, dtype=torch.bfloat16, device="meta"))]
+    assert spent(adamw_triton.plan(params, **MEMORY))["gradients"] == 2000
+    assert spent(adamw_triton.plan(params, **MEMORY, grad_dtype=torch.float32))["gradients"] == 4000
+
+
+def test_a_card_brings_its_memory_and_its_rates() -> None:
+    plan = adamw_triton.plan([Parameter(torch.empty(10, device="meta"))], "rtx 4090", "1GiB")
+    card = find_card("RTX 4090")
+    assert spent(plan)["memory"] == card.memory
+    assert (plan.limits[0].bandwidth, plan.limits[0].link) == (card.bandwidth, card.link)
+    assert "RTX 4090" in str(plan)
+
+
+def test_activations_that_are_not_given_are_said_to_be_missing() -> None:
+    params = [Parameter(torch.empty(10, device="meta"))]
+    assert "Activations are not counted" in str(adamw_triton.plan(params, "T4", "1GiB"))
+    assert "Activations are not counted" not in str(adamw_triton.plan(params, "T4", "1GiB", activations=0))
+
+
+def test_the_hosts_memory_is_this_machines_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adamw_triton.memory import host as memory
+
+    params = [Parameter(torch.empty(10, device="meta"))]
+    monkeypatch.setattr(planning, "host_limit", lambda: memory.Limit(12345, "the control group /jail"))
+    assert adamw_triton.plan(params, "T4").host_room == 12345
+    monkeypatch.setattr(planning, "host_limit", lambda: None)
+    with pytest.raises(ValueError, match="give host_memory"):
+        adamw_triton.plan(params, "T4")
+
+
+PARAM = [Parameter(torch.empty(10, device="meta"))]
+REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ([], {}, ValueError, "model_or_params has no parameters"),
+    (torch.empty(3), {}, TypeError, "not one tensor"),
+    ([3], {}, TypeError, "a int where a tensor should be"),
+    ([Parameter(torch.empty(3, dtype=torch.float64))], {}, TypeError, "dtype torch.float64"),
+    (PARAM, {"gpu_memory": "T5"}, ValueError, r"'T5'.*'T4'"),
+    (PARAM, {"gpu_memory": "24Gigs"}, ValueError, "gpu_memory: '24Gigs'"),
+    (PARAM, {"gpu_memory": "-24GiB"}, ValueError, "gpu_memory: '-24GiB'"),
+    (PARAM, {"gpu_memory": -1}, ValueError, "gpu_memory: -1"),
+    (PARAM, {"host_memory": "much"}, ValueError, "host_memory: 'much'"),
+    (PARAM, {"activations": -5}, ValueError, "activations: -5"),
+    (PARAM, {"prefer": "small"}, ValueError, "prefer: 'small'"),
+    (PARAM, {"block_size": 100}, ValueError, "block_size: 100; it must be 128 or 256"),
+]
+
+
+@pytest.mark.parametrize(("params", "arguments", "error", "message"), REFUSED)
+def test_bad_arguments(params: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        adamw_triton.plan(params, **{**MEMORY, **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_has_to_be_named() -> None:
+    with pytest.raises(ValueError, match=r"no GPU here.*gpu_memory='T4'"):
+        adamw_triton.plan(PARAM)
+
+
+@pytest.mark.gpu
+def test_the_gpu_that_is_here_is_measured() -> None:
+    model = nn.Linear(1000, 1000, device="cuda")
+    plan = adamw_triton.plan(model, activations=0)
+    assert spent(plan)["memory"] == torch.cuda.mem_get_info()[1]
+    assert plan.limits[0].room <= torch.cuda.mem_get_info()[0]
+    assert plan.chosen is not None
+
+
+def test_a_table_for_people() -> None:
+    rich = pytest.importorskip("rich.console")
+    plan = adamw_triton.plan(PARAM, **MEMORY)
+    console = rich.Console(width=100, record=True, file=io.StringIO())
+    console.print(plan)
+    shown = console.export_text()
+    for text in (shown, str(plan)):
+        assert "→" in text
+        assert "chosen: the first that fits" in text
+        assert "16.0 GiB" in text
+    page = plan._repr_html_()
+    assert page.count("<tr>") == 7
+    assert page.count("font-weight: bold") == 6
+
+
+def test_the_readmes_plan_is_what_is_printed() -> None:
+    """Llama-3.2-3B in 16 bits, all of it trained, on a T4."""
+    shapes = [
+        (3072, 3072),
+        (1024, 3072),
+        (1024, 3072),
+        (3072, 3072),
+        (8192, 3072),
+        (8192, 3072),
+        (3072, 8192),
+    ]
+    shapes = [(128256, 3072), *([*shapes, (3072,), (3072,)]) * 28, (3072,)]
+    llama_3b = [Parameter(torch.empty(shape, dtype=torch.float16, device="meta")) for shape in shapes]
+    assert sum(param.numel() for param in llama_3b) == 3_212_749_824
+    plan = adamw_triton.plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    call = 'plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB"))\n'
+    shown = readme.partition(call)[2].partition("```")[0]
+    assert shown.rstrip("\n") == str(plan)
