@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from adamw_triton.memory.units import parse_bytes
 from adamw_triton.paging.transfer import TRANSFERS
 from adamw_triton.state.placement import check_budget
+from adamw_triton_kernels import tables
 
 
 class Variant(NamedTuple):
@@ -35,12 +36,18 @@ BLOCK_SIZES = (128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
-def check_variant(variant: object, block_size: object) -> Variant:
+def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
     if variant not in VARIANTS:
         raise ValueError(f"Invalid variant: {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
-    return VARIANTS[str(variant)]
+    found = VARIANTS[str(variant)]
+    if capturable and found.paged:
+        raise ValueError(
+            f"capturable=True needs state that stays in one place, and variant={variant!r} streams it; "
+            "use 'auto', '32bit' or '8bit'"
+        )
+    return found
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
@@ -63,20 +70,22 @@ def check_paging(variant: str, memory_budget: object, transfer: object) -> int |
     return budget
 
 
-def check_group(group: dict[str, Any], default_bits: int) -> None:
-    """The hyperparameters of a parameter group; messages begin as torch.optim.AdamW's do."""
+def check_group(group: dict[str, Any], default_bits: int, capturable: bool = False) -> None:
+    """The hyperparameters of a parameter group; messages begin as torch.optim.AdamW's do. With ``capturable``
+    those on a GPU are not read: that would wait for it."""
     lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
     for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {key} must be 1-element, got shape {tuple(value.shape)}")
     if len(betas) != 2 or isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
-    if not 0 <= lr < math.inf:
+    unread = [capturable and isinstance(value, Tensor) and value.is_cuda for value in (lr, *betas)]
+    if not (unread[0] or 0 <= lr < math.inf):
         raise ValueError(f"Invalid learning rate: {lr}; lr must be a finite number >= 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"Invalid epsilon value: {eps}; eps must be a finite number >= 0")
     for index, beta in enumerate(betas):
-        if not 0 <= beta < 1:
+        if not (unread[1 + index] or 0 <= beta < 1):
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be a finite number >= 0")
@@ -87,6 +96,27 @@ def check_group(group: dict[str, Any], default_bits: int) -> None:
             "amsgrad=True needs 32-bit state: the 8-bit format keeps no maximum; "
             "use variant='32bit', or state_bits=32 for the group"
         )
+
+
+def check_capture(capturable: bool, found_inf: Tensor | None) -> None:
+    """Whether a step that goes into a CUDA graph would be right at its replays."""
+    if not tables.capturing():
+        return
+    if not capturable:
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, which would repeat the numbers of this step at each "
+            "replay: make the optimizer with capturable=True"
+        )
+    if found_inf is not None:
+        raise RuntimeError(
+            "step() cannot be captured in a CUDA graph while found_inf is set, which the host has to read to "
+            "skip a step: train in bf16, which needs no gradient scaler"
+        )
+
+
+def check_movable(capturable: bool) -> None:
+    if capturable:
+        raise RuntimeError("offload() moves state, and CUDA graphs know its place: make capturable=False")
 
 
 def check_param(param: Tensor, name: str) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adamw_triton.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
-from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, Update, update_for
+from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -77,56 +77,34 @@ class Piece(NamedTuple):
         return dense.as_strided((self.numel,), (1,), dense.storage_offset() + self.first)
 
 
-HyperAt = Callable[[int, int], Hyper]
-"""The hyperparameters of a group's parameters at one of their steps."""
-
-
 @dataclass(eq=False)
 class Launch:
     """The pieces of one page and one pair of dtypes: one call of the format's update."""
 
     update: Update
     pieces: list[Piece]
-    groups: list[int]
-    """Of each piece."""
-    steps: Tensor
-    """The buffer's step counts."""
-    slots: Tensor
-    """Index in ``steps`` of each piece."""
+    numbers: Numbers
     max_chunks: int
     layout: Layout | None = None
-    rows: Sequence[int] = ()
-    """The first piece of each row of hyperparameters."""
-    leaders: Tensor | None = None
-    """For each piece, the first one of its row."""
 
-    def prepare(self, pairs: Sequence[Pair], hyper_at: HyperAt) -> Callable[[Arrays], None]:
+    def prepare(self, pairs: Sequence[Pair], settings: Settings) -> Callable[[Arrays], None]:
         """The call, wanting nothing but the page's arrays."""
-        layout, steps = self._lay_out()
-        hypers = [hyper_at(self.groups[leader], int(steps[leader]) + 1) for leader in self.rows]
+        rows, hyper = self.numbers.at_next_step(settings)
+        if self.layout is None or self.layout.rows is not rows:
+            self.layout = self._lay_out(rows)
+        layout = self.layout
         params = [piece.of(pairs[piece.position].param) for piece in self.pieces]
         grads = [piece.of(pairs[piece.position].grad) for piece in self.pieces]
-        return lambda arrays: self.update(params, grads, arrays, layout, hypers)
+        return lambda arrays: self.update(params, grads, arrays, layout, hyper)
 
-    def _lay_out(self) -> tuple[Layout, Tensor]:
-        """The layout, made anew only if pieces that shared a step count no longer do."""
-        steps = self.steps[self.slots]
-        if self.layout is None or self.leaders is None or not steps.equal(steps[self.leaders]):
-            leader_of: dict[tuple[int, float], int] = {}
-            keys = list(zip(self.groups, steps.tolist(), strict=True))
-            for position, key in enumerate(keys):
-                leader_of.setdefault(key, position)
-            self.rows = list(leader_of.values())
-            self.leaders = torch.tensor([leader_of[key] for key in keys])
-            row_of = {key: row for row, key in enumerate(leader_of)}
-            self.layout = Layout(
-                numels=tuple(piece.numel for piece in self.pieces),
-                offsets=tuple(piece.offset for piece in self.pieces),
-                firsts=tuple(piece.first for piece in self.pieces),
-                rows=tuple(row_of[key] for key in keys),
-                max_chunks=self.max_chunks,
-            )
-        return self.layout, steps
+    def _lay_out(self, rows: tuple[int, ...]) -> Layout:
+        return Layout(
+            numels=tuple(piece.numel for piece in self.pieces),
+            offsets=tuple(piece.offset for piece in self.pieces),
+            firsts=tuple(piece.first for piece in self.pieces),
+            rows=rows,
+            max_chunks=self.max_chunks,
+        )
 
 
 class Batch:
@@ -139,7 +117,7 @@ class Batch:
         for position, slot in enumerate(self.slots):
             of_buffer[slot.buffer].append(position)
         self._counts = [
-            (buffer, torch.tensor([self.slots[position].index for position in positions]))
+            (buffer, _ones_at(buffer.steps, [self.slots[position].index for position in positions]))
             for buffer, positions in of_buffer.items()
         ]
         self._launches: list[tuple[Page, list[Launch]]] = []
@@ -147,18 +125,23 @@ class Batch:
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
                 self._launches.append((page, _launches(page, pieces, items)))
 
-    def prepare(self, pairs: Sequence[Pair], groups: Sequence[dict[str, Any]], grad_scale: float) -> Work:
-        """All that can fail; ``grad_scale`` multiplies the gradients."""
-        hyper_at = functools.cache(lambda group, step: _hyper(groups[group], step, grad_scale))
+    def prepare(self, pairs: Sequence[Pair], settings: Settings) -> Work:
+        """All that can fail."""
         return [
-            (page, _in_turn([launch.prepare(pairs, hyper_at) for launch in launches]))
+            (page, _in_turn([launch.prepare(pairs, settings) for launch in launches]))
             for page, launches in self._launches
         ]
 
     def count(self) -> None:
         """One step more for every parameter."""
-        for buffer, slots in self._counts:
-            buffer.steps[slots] += 1
+        for buffer, counted in self._counts:
+            buffer.steps += counted
+
+
+def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
+    ones = torch.zeros(len(steps))
+    ones[slots] = 1
+    return ones.to(steps.device)
 
 
 def _in_turn(calls: Sequence[Callable[[Arrays], None]]) -> Callable[[Arrays], None]:
@@ -194,26 +177,17 @@ def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> lis
     for piece in pieces:
         item = items[piece.position]
         of_pair[item.param.dtype, item.grad.dtype].append(piece)
+    numbers = OnDevice if buffer.steps_on_device else OnHost
     return [
         Launch(
             update_for(buffer.format.update, buffer.device),
             members,
-            [items[piece.position].group for piece in members],
-            buffer.steps,
-            torch.tensor([items[piece.position].slot.index for piece in members]),
+            numbers(
+                [items[piece.position].group for piece in members],
+                buffer.steps,
+                [items[piece.position].slot.index for piece in members],
+            ),
             PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
         )
         for members in of_pair.values()
     ]
-
-
-def _hyper(group: dict[str, Any], step: int, grad_scale: float) -> Hyper:
-    beta1, beta2 = group["betas"]
-    return Hyper.at(
-        step,
-        lr=float(group["lr"]),
-        betas=(float(beta1), float(beta2)),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        grad_scale=-grad_scale if group["maximize"] else grad_scale,
-    )

@@ -43,13 +43,15 @@ class WholeSteps:
         self._failure: str | None = None
 
     @contextlib.contextmanager
-    def commit(self) -> Iterator[None]:
-        """Around all that a step writes: none of it or all of it, as far as can be."""
+    def commit(self, *, in_graph: bool = False) -> Iterator[None]:
+        """Around all that a step writes: none of it or all of it, as far as can be. What goes into a CUDA
+        graph is written by its replays alone, so an error there leaves nothing halfway."""
         with DeferredInterrupt():
             try:
                 yield
             except BaseException as error:
-                self.fail(error)
+                if not in_graph:
+                    self.fail(error)
                 raise
 
     def fail(self, error: BaseException) -> None:

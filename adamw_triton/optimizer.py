@@ -12,21 +12,24 @@ from torch._compile import _disable_dynamo
 from adamw_triton import checkpoint
 from adamw_triton.arguments import (
     VARIANTS,
+    check_capture,
     check_grad,
     check_group,
+    check_movable,
     check_paging,
     check_param,
     check_variant,
     name_of,
 )
 from adamw_triton.batch import Item, pair_of
+from adamw_triton.hyperparameters import Settings
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
 from adamw_triton.reservations import Reservations
-from adamw_triton.selection.auto import Auto, Chooser, Fixed
+from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.formats import as_real
-from adamw_triton.state.placement import Policy
 from adamw_triton.store import Store
+from adamw_triton_kernels import tables
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
@@ -58,6 +61,10 @@ class AdamW(torch.optim.Optimizer):
             ``"zero_copy"`` read and written in host memory by the kernels themselves, ``"auto"``
             whichever proves faster in the first four steps. The results are the same bits.
         block_size: elements of the 8-bit format that share their scales, 128 or 256 (2.02 bytes).
+        capturable: make ``step()`` safe to capture in a CUDA graph. Step counts are on the GPU then, and the
+            host reads none of them; ``lr`` and ``betas`` may be tensors there, and a replay sees what they
+            are, while numbers are those of the capture. Take a step before the capture, and capture
+            again after anything but replays and steps. State is never paged.
 
     State is allocated at the first ``step()``, for all parameters that require gradients. What
     ``state`` shows of paged state is in host memory, and complete once the GPU has done its work:
@@ -85,14 +92,16 @@ class AdamW(torch.optim.Optimizer):
         memory_budget: int | str | None = None,
         transfer: str = "auto",
         block_size: int = 128,
+        capturable: bool = False,
     ) -> None:
-        bits, paged, chosen = check_variant(variant, block_size)
+        how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
-        self._chooser: Chooser = Auto(budget, block_size) if chosen else Fixed(bits, Policy(paged, budget))
+        self._chooser = chooser_for(how, budget, block_size, capturable)
         self.variant = variant
         self.memory_budget = memory_budget
         self.transfer = transfer
         self.block_size = block_size
+        self.capturable = capturable
         self._reset()
         defaults = {
             "lr": lr,
@@ -103,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
             "state_bits": None,
         }
-        check_group(defaults, bits)
+        check_group(defaults, how.bits)
         super().__init__(params, defaults)
 
     @property
@@ -142,13 +151,15 @@ class AdamW(torch.optim.Optimizer):
         group: all of them have to take it.
 
         Raises:
-            RuntimeError: a step before failed halfway and left parameters inconsistent.
+            RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is
+                being captured, and this optimizer or this step cannot be.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
+        check_capture(self.capturable, found_inf)
         if found_inf is not None and float(found_inf) != 0:
             return loss
         self._whole.check()
@@ -161,11 +172,9 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, items: list[Item]) -> None:
         batch = self._places.batch_of(items)
         pairs = [pair_of(item) for item in items]
-        loss_scale = getattr(self, "grad_scale", None)
-        grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-        work = batch.prepare(pairs, self.param_groups, grad_scale)
+        work = batch.prepare(pairs, Settings(self.param_groups, getattr(self, "grad_scale", None)))
         self._store.prepare(work)
-        with self._whole.commit():
+        with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
             self._store.run(work)
             batch.count()
@@ -179,7 +188,9 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
+            RuntimeError: the optimizer is capturable: graphs would go on using the state's old place.
         """
+        check_movable(self.capturable)
         self._whole.check()
         self._places.settle(self.param_groups, self.state)
         self._store.offload(self.state)
@@ -257,7 +268,7 @@ class AdamW(torch.optim.Optimizer):
         # Buffers and tables are rebuilt from ``state`` at the next step.
         self._whole.check()
         self._store.finish()
-        kept = ("variant", "memory_budget", "transfer", "block_size", "_chooser")
+        kept = ("variant", "memory_budget", "transfer", "block_size", "capturable", "_chooser")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def _reset(self) -> None:
@@ -275,7 +286,7 @@ class AdamW(torch.optim.Optimizer):
         slots = self._store.slots
         ready = self._places.intact(self.param_groups, self.state)
         for group_index, group in enumerate(self.param_groups):
-            check_group(group, VARIANTS[self.variant].bits)
+            check_group(group, VARIANTS[self.variant].bits, self.capturable)
             for index, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:

@@ -14,6 +14,7 @@ from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.formats import as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.store import State, Store, Wanted
+from adamw_triton_kernels import tables
 
 _KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
@@ -32,6 +33,8 @@ class Reservations:
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: dict[tuple[Any, ...], Batch] = {}
+        self._captured: list[Batch] = []
+        """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
     def intact(self, groups: Groups, state: State) -> bool:
         """Whether ``state`` is as we left it, and the groups still ask for the formats it has."""
@@ -45,6 +48,7 @@ class Reservations:
     def reserve(self, groups: Groups, state: State, *, stateful_only: bool = False) -> None:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
         have them, this is a first step, at the latest: then it is decided what places there are."""
+        tables.require_eager()
         self._batches.clear()
         if not self._chooser.decided and not stateful_only:
             self._chooser.decide(groups, state)
@@ -65,13 +69,20 @@ class Reservations:
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
     def batch_of(self, items: list[Item]) -> Batch:
-        """Kept for steps on the same parameters."""
+        """Kept for steps on the same parameters.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and this would be the first such step.
+        """
         key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
         batch = self._batches.get(key)
         if batch is None:
+            tables.require_eager()
             if len(self._batches) >= _KEPT_BATCHES:
                 self._batches.clear()
             batch = self._batches[key] = Batch(items, self.store.page_elements)
+        if tables.capturing():
+            self._captured.append(batch)
         return batch
 
     def _wanted(self, groups: Groups, state: State, stateful_only: bool = False) -> list[Wanted]:

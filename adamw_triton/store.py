@@ -155,7 +155,9 @@ class Store:
             id(slot.param): slot
             for (device, state_format, is_paged), members in homeless.items()
             for some in _grains(members, state_format, self.policy.grain)
-            for slot in make_slots(state_format, some, device, paged=is_paged)
+            for slot in make_slots(
+                state_format, some, device, paged=is_paged, steps_on_device=self.policy.capturable
+            )
         }
 
     # Steps

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adamw_triton.arguments import Variant
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes
@@ -95,11 +96,13 @@ class Auto:
     Args:
         budget: bytes that the user lets state take on each GPU; None for all that is left.
         block_size: of the 8-bit format.
+        capturable: nothing may be paged, nor spilled later.
     """
 
-    def __init__(self, budget: int | None, block_size: int) -> None:
+    def __init__(self, budget: int | None, block_size: int, capturable: bool = False) -> None:
         self._budget = budget
         self._block_size = block_size
+        self._capturable = capturable
         self.plan: Plan | None = None
         self._devices: Sequence[torch.device] = ()
         self._watches: dict[torch.device, Watch] = {}
@@ -122,9 +125,13 @@ class Auto:
     def policy(self) -> Policy:
         """For the store."""
         if self._taken is None:
-            return Policy(paged=False, grain=SPILLED_AT_ONCE)
+            return Policy(paged=False, grain=self._grain, capturable=self._capturable)
         budgets = dict(zip(self._devices, self._taken.budgets, strict=True))
-        return Policy(self._taken.paged, budgets=budgets, grain=SPILLED_AT_ONCE)
+        return Policy(self._taken.paged, budgets=budgets, grain=self._grain, capturable=self._capturable)
+
+    @property
+    def _grain(self) -> int | None:
+        return None if self._capturable else SPILLED_AT_ONCE
 
     @property
     def decided(self) -> bool:
@@ -148,7 +155,7 @@ class Auto:
             limits, taken = self._limits(device, loaded[device])
             demands.append(Demand(limits, trained[device]))
             host_room -= taken
-        self.plan = agree(select(demands, host_room, block_size=self._block_size))
+        self.plan = agree(select(demands, host_room, block_size=self._block_size, resident=self._capturable))
         for device in self._devices:
             self._watch(device)
         if self.plan.chosen is None:
@@ -192,10 +199,17 @@ class Auto:
 
     def _watch(self, device: torch.device) -> Watch | None:
         allocator = gpu.allocator_for(device)
-        if allocator is None or self._held is None or self._spill is None:
+        if self._capturable or allocator is None or self._held is None or self._spill is None:
             return None
         self._watches[device] = Watch(device, allocator, self._held, self._spill)
         return self._watches[device]
+
+
+def chooser_for(variant: Variant, budget: int | None, block_size: int, capturable: bool) -> Chooser:
+    """Of an optimizer with these arguments."""
+    if variant.chosen:
+        return Auto(budget, block_size, capturable)
+    return Fixed(variant.bits, Policy(variant.paged, budget, capturable=capturable))
 
 
 class Watch:

@@ -93,16 +93,19 @@ def select(
     *,
     prefer: str = "speed",
     block_size: int = 128,
+    resident: bool = False,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """The plan for these devices; ``host_room``: bytes of host memory that may be taken.
+    """The plan for these devices; ``host_room``: bytes of host memory that may be taken; ``resident``: of
+    those ways alone that page nothing.
 
     Raises:
         ValueError: ``prefer`` is none of ``PREFERENCES``.
     """
     if prefer not in PREFERENCES:
         raise ValueError(f"Invalid prefer: {prefer!r}; it must be one of {', '.join(map(repr, PREFERENCES))}")
-    candidates = tuple(_evaluate(way, demands, host_room, block_size) for way in PREFERENCES[prefer])
+    ways = [way for way in PREFERENCES[prefer] if not (resident and way.paged)]
+    candidates = tuple(_evaluate(way, demands, host_room, block_size) for way in ways)
     return Plan(candidates, prefer, tuple(demand.limits for demand in demands), host_room, tuple(notes))
 
 

@@ -102,10 +102,21 @@ class Slot:
 
 class StateBuffer:
     """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
-    parameters. A paged one lives in pinned host memory."""
+    parameters. A paged one lives in pinned host memory.
+
+    Args:
+        steps_on_device: keep the step counts there; else on the CPU, as torch.optim.AdamW does by default.
+    """
 
     def __init__(
-        self, state_format: Format, device: torch.device, numel: int, slots: int, *, paged: bool = False
+        self,
+        state_format: Format,
+        device: torch.device,
+        numel: int,
+        slots: int,
+        *,
+        paged: bool = False,
+        steps_on_device: bool = False,
     ) -> None:
         self.format = state_format
         self.device = device
@@ -113,8 +124,9 @@ class StateBuffer:
         self.paged = paged
         self.on_host = paged
         self.arrays = self._allocate()
-        # On the CPU, as torch.optim.AdamW keeps it; one array, so that counting is one operation.
-        self.steps = torch.zeros(slots, dtype=torch.float32)
+        self.steps_on_device = steps_on_device
+        # One array, so that counting is one operation.
+        self.steps = torch.zeros(slots, dtype=torch.float32, device=device if steps_on_device else "cpu")
 
     @property
     def nbytes(self) -> int:
@@ -167,13 +179,16 @@ def make_slots(
     device: torch.device,
     *,
     paged: bool = False,
+    steps_on_device: bool = False,
 ) -> list[Slot]:
     """A new buffer for these parameters, each with what messages call it; their places in it."""
     reals = [as_real(param) for param, _ in params]
     starts = [0]
     for real in reals:
         starts.append(starts[-1] + round_up(real.numel(), state_format.alignment))
-    buffer = StateBuffer(state_format, device, starts.pop(), len(reals), paged=paged)
+    buffer = StateBuffer(
+        state_format, device, starts.pop(), len(reals), paged=paged, steps_on_device=steps_on_device
+    )
     slots = []
     for index, ((param, name), real, start) in enumerate(zip(params, reals, starts, strict=True)):
         dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps

@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from adamw_triton_kernels import reference
-from adamw_triton_kernels.work import MAX_CHUNKS, Hyper, Layout
+from adamw_triton_kernels.work import MAX_CHUNKS, Hyper, Layout, hyper_table
 
-__all__ = ["MAX_CHUNKS", "Hyper", "Layout", "Update", "update_for"]
+__all__ = ["MAX_CHUNKS", "Hyper", "Layout", "Update", "hyper_table", "update_for"]
 
 Update = Callable[
-    [Sequence[torch.Tensor], Sequence[torch.Tensor], Mapping[str, torch.Tensor], Layout, Sequence[Hyper]],
+    [Sequence[torch.Tensor], Sequence[torch.Tensor], Mapping[str, torch.Tensor], Layout, torch.Tensor],
     None,
 ]
-"""(params, grads, state arrays, layout, hypers): one step in place."""
+"""(params, grads, state arrays, layout, hyper table): one step in place."""
 
 _log = logging.getLogger("adamw_triton")
 _told: set[str] = set()

@@ -11,7 +11,7 @@ import triton.language as tl
 from adamw_triton_kernels.launch import Build, launch, locate
 from adamw_triton_kernels.rounding import to_dtype
 from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight
-from adamw_triton_kernels.work import Hyper, Layout
+from adamw_triton_kernels.work import Layout
 
 THREADS = 128
 TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
@@ -23,13 +23,13 @@ def adamw_32bit(
     grads: Sequence[torch.Tensor],
     state: Mapping[str, torch.Tensor],
     layout: Layout,
-    hypers: Sequence[Hyper],
+    hyper: torch.Tensor,
 ) -> None:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
     moments = [state["exp_avg"], state["exp_avg_sq"]]
     amsgrad = "max_exp_avg_sq" in state
     largest = state["max_exp_avg_sq"] if amsgrad else state["exp_avg_sq"]  # not read without amsgrad
-    launch(build, params, grads, [*moments, largest], layout, hypers, AMSGRAD=amsgrad)
+    launch(build, params, grads, [*moments, largest], layout, hyper, AMSGRAD=amsgrad)
 
 
 def build(

@@ -21,7 +21,7 @@ from adamw_triton_kernels.blockwise import (
 from adamw_triton_kernels.launch import Build, launch, locate
 from adamw_triton_kernels.rounding import to_dtype
 from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight, reciprocal
-from adamw_triton_kernels.work import Hyper, Layout
+from adamw_triton_kernels.work import Layout
 
 THREADS = 128
 TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
@@ -35,12 +35,12 @@ def adamw_8bit(
     grads: Sequence[torch.Tensor],
     state: Mapping[str, torch.Tensor],
     layout: Layout,
-    hypers: Sequence[Hyper],
+    hyper: torch.Tensor,
 ) -> None:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
     codes, scales = state["exp_avg_codes"], state["exp_avg_scales"]
     arrays = [codes, scales, state["exp_avg_sq_codes"], state["exp_avg_sq_scales"]]
-    launch(build, params, grads, arrays, layout, hypers, BLOCK=codes.numel() // scales.numel())
+    launch(build, params, grads, arrays, layout, hyper, BLOCK=codes.numel() // scales.numel())
 
 
 def build(

@@ -6,7 +6,7 @@ A program of the grid takes one *chunk*: a run of elements of one tensor. Four t
 - ``tensors`` int64 [n, 4]: first element in the state arrays, number of elements, index of the first
   element in the whole parameter, row of its hyperparameters
 - ``chunks`` int32 [number of chunks, 2]: (tensor, chunk of that tensor)
-- ``hyper`` fp32 [rows, 8]: ``work.Hyper``; sent at every step
+- ``hyper`` fp32 [rows, 8]: ``work.hyper_table``; sent at every step, unless it is made on the device
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from adamw_triton_kernels.work import Hyper, Layout
+from adamw_triton_kernels.tables import DeviceTable, require_eager, send
+from adamw_triton_kernels.work import Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -123,31 +124,10 @@ class _Tables:
 
     def __init__(self, layout: Layout, tile: int, device: torch.device) -> None:
         rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, strict=True)
-        self.device = device
-        self.tensors = self.send(torch.tensor(list(rows), dtype=torch.int64))
+        self.tensors = send(torch.tensor(list(rows), dtype=torch.int64), device)
         chunks, self.chunk_size = chunk_table(layout.numels, tile, layout.max_chunks)
-        self.chunks = self.send(chunks)
-        self.last_addresses = array("q")
-        self.addresses = self.tensors
-
-    def send(self, table: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return table
-        # From pinned memory, or the copy would wait for all the work that is queued. The allocator
-        # keeps the block until the copy is done.
-        return table.pin_memory().to(self.device, non_blocking=True)
-
-    def send_addresses(self, addresses: array[int]) -> torch.Tensor:
-        if addresses != self.last_addresses:
-            self.last_addresses = addresses
-            self.addresses = self.send(torch.frombuffer(addresses, dtype=torch.int64).clone())
-        return self.addresses
-
-    def send_hyper(self, hypers: Sequence[Hyper]) -> torch.Tensor:
-        table = torch.tensor(hypers, dtype=torch.float64)
-        rows = table.to(torch.float32)
-        rows[:, 7] = table[:, 7].to(torch.int64).to(torch.int32).view(torch.float32)  # bits, not a number
-        return self.send(rows)
+        self.chunks = send(chunks, device)
+        self.addresses = DeviceTable(device)
 
 
 def launch(
@@ -156,12 +136,12 @@ def launch(
     grads: Sequence[torch.Tensor],
     state: Sequence[torch.Tensor],
     layout: Layout,
-    hypers: Sequence[Hyper],
+    hyper: torch.Tensor,
     **variant: Any,
 ) -> None:
     """Run a kernel over all tensors of a layout.
 
-    ``params`` and ``grads`` are dense, all of one dtype each, on one device.
+    ``params`` and ``grads`` are dense, all of one dtype each, on one device; ``hyper`` there or on the host.
     ``variant`` are compile-time arguments of ``build``.
     """
     device = params[0].device
@@ -171,14 +151,15 @@ def launch(
     key = (build, params[0].dtype, grads[0].dtype, aligned, *variant.values())
     found = layout.tables.get((device, key))
     if found is None:
+        require_eager()
         spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, **variant)
         found = layout.tables[device, key] = (_Tables(layout, spec.tile, device), spec, key)
     tables, spec, key = found
     arguments = (
-        tables.send_addresses(addresses),
+        tables.addresses.of(addresses, capturable=hyper.device == device),
         tables.tensors,
         tables.chunks,
-        tables.send_hyper(hypers),
+        hyper if hyper.device == device else send(hyper, device),
         *state,
         len(params),
         tables.chunk_size,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adamw_triton_kernels import fusion
 from adamw_triton_kernels.fusion import fused
-from adamw_triton_kernels.work import Hyper, Layout
+from adamw_triton_kernels.work import Layout
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -47,17 +47,17 @@ def adamw_32bit(
     grads: Sequence[Tensor],
     state: Mapping[str, Tensor],
     layout: Layout,
-    hypers: Sequence[Hyper],
+    hyper: Tensor,
 ) -> None:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
     chunk = WHOLE if fusion.compiles() else CHUNK
-    for p, g, hyper, at, _first in _chunks(params, grads, layout, hypers, chunk):
+    for p, g, numbers, at, _first in _chunks(params, grads, layout, hyper, chunk):
         m, v = state["exp_avg"][at], state["exp_avg_sq"][at]
         if "max_exp_avg_sq" in state:
-            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], _numbers(hyper))
+            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], numbers[:7])
         else:
-            _update(p, g, m, v, _numbers(hyper))
+            _update(p, g, m, v, numbers[:7])
 
 
 @fused
@@ -78,19 +78,19 @@ def adamw_8bit(
     grads: Sequence[Tensor],
     state: Mapping[str, Tensor],
     layout: Layout,
-    hypers: Sequence[Hyper],
+    hyper: Tensor,
 ) -> None:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
     chunk = FUSED_CHUNK if fusion.compiles() else CHUNK
-    for p, g, hyper, at, first in _chunks(params, grads, layout, hypers, chunk):
+    for p, g, numbers, at, first in _chunks(params, grads, layout, hyper, chunk):
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in state.items()}
         weight = _blocks(p, block)
-        m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), _numbers(hyper))
+        m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), numbers[:7])
         _put(p, weight)
-        _encode(m, root_v, peaks, part, first, hyper.phase)
+        _encode(m, root_v, peaks, part, first, _phase(numbers))
 
 
 @fused
@@ -105,9 +105,8 @@ def _update_8bit(
     return m, root_v, _peaks(root_v)
 
 
-def _numbers(hyper: Hyper) -> Tensor:
-    """All but the phase, fp32."""
-    return torch.tensor(hyper[:7], dtype=torch.float32)
+def _phase(numbers: Tensor) -> int:
+    return int(numbers[7:].view(torch.int32))
 
 
 def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
@@ -288,10 +287,10 @@ def _up_to_bf16(x: Tensor) -> Tensor:
 
 
 def _chunks(
-    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hypers: Sequence[Hyper], chunk: int
-) -> Iterator[tuple[Tensor, Tensor, Hyper, slice, int]]:
-    """Pieces of at most ``chunk`` elements: parameter, gradient, hyperparameters, the range of the state
-    arrays, the index of the first element in the whole parameter."""
+    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hyper: Tensor, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, slice, int]]:
+    """Pieces of at most ``chunk`` elements: parameter, gradient, numbers, the range of the state arrays, the
+    index of the first element in the whole parameter."""
     for p, g, offset, first, row in zip(
         params, grads, layout.offsets, layout.firsts, layout.rows, strict=True
     ):
@@ -299,7 +298,7 @@ def _chunks(
         for start in range(0, p.numel(), chunk):
             piece = p[start : start + chunk]
             at = slice(offset + start, offset + start + piece.numel())
-            yield piece, g[start : start + chunk], hypers[row], at, first + start
+            yield piece, g[start : start + chunk], hyper[row], at, first + start
 
 
 def _in_memory_order(dense: Tensor) -> Tensor:

@@ -6,8 +6,12 @@ Shared by the kernels and the plain-torch twin; imports neither.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 # Enough programs that the last wave of them is a small part of the launch, and few enough that their
 # table stays under a megabyte however large the model is.
@@ -59,6 +63,36 @@ class Hyper(NamedTuple):
         )
 
 
+def hyper_table(hypers: Sequence[Hyper]) -> Tensor:
+    """``Hyper`` as updates take it: fp32 [rows, 8], the phase as its bits."""
+    numbers = torch.tensor(hypers, dtype=torch.float64)
+    return _packed(numbers[:, :7], numbers[:, 7].to(torch.int64))
+
+
+SETTINGS = ("grad_scale", "beta1", "beta2", "eps", "lr", "weight_decay")
+"""What ``Hyper.at`` wants beside the step."""
+
+
+def hyper_table_at(steps: Tensor, settings: Tensor) -> Tensor:
+    """``hyper_table`` of ``Hyper.at``, worked out where the step counts are: the host need not know them.
+
+    Args:
+        steps: [rows], the number of each row's update; the first is 1.
+        settings: float64 [rows, 6], in the order of ``SETTINGS``.
+    """
+    grad_scale, beta1, beta2, eps, lr, weight_decay = settings.unbind(1)
+    step = steps.double()
+    inv_root_correction2 = (1 - beta2**step).rsqrt()
+    step_size = lr / (1 - beta1**step)
+    numbers = (grad_scale, 1 - beta1, 1 - beta2, inv_root_correction2, eps, step_size, lr * weight_decay)
+    return _packed(torch.stack(numbers, dim=1), steps.long() * DITHER_STEP)
+
+
+def _packed(numbers: Tensor, phases: Tensor) -> Tensor:
+    bits = phases.to(torch.int32).view(torch.float32)
+    return torch.cat([numbers.float(), bits[:, None]], dim=1)
+
+
 @dataclass(eq=False)
 class Layout:
     """Where each of a call's tensors has its state, and which hyperparameters it takes.
@@ -72,7 +106,7 @@ class Layout:
     firsts: tuple[int, ...]
     """Index in the whole parameter of the tensor's first element: 0, unless it is a piece of one."""
     rows: tuple[int, ...]
-    """Which of the call's ``Hyper`` it takes."""
+    """Which row of the call's ``hyper_table`` it takes."""
     max_chunks: int = MAX_CHUNKS
     """Programs of the launch, at most about."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)

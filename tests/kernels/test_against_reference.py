@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
-from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, adamw_8bit, adamw_32bit, reference
+from adamw_triton_kernels import MAX_CHUNKS, Hyper, Layout, adamw_8bit, adamw_32bit, hyper_table, reference
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -60,7 +60,7 @@ class Problem:
     def step(self, number: int, grads: list[Tensor], *, in_triton: bool = True) -> None:
         name = self.format.update
         update = UPDATES[name] if in_triton else getattr(reference, name)
-        update(self.params, grads, self.arrays, self.layout, hypers(number))
+        update(self.params, grads, self.arrays, self.layout, hyper_table(hypers(number)))
 
     def flat(self, tensors: list[Tensor]) -> Tensor:
         """The tensors at the places of their state, fp32; zeros between them."""

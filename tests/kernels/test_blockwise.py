@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adamw_triton_kernels import Hyper, Layout
+from adamw_triton_kernels import Hyper, Layout, hyper_table
 from adamw_triton_kernels.reference import (
     COARSE,
     TINY_RATIO,
@@ -127,7 +127,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_element_alone(bad: float) 
             grad[at] = bad
         before = param.clone()
         hyper = Hyper.at(step, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        adamw_8bit([param], [grad], state, layout, [hyper])
+        adamw_8bit([param], [grad], state, layout, hyper_table([hyper]))
         for name in ("exp_avg_scales", "exp_avg_sq_scales"):
             assert state[name].isfinite().all(), (step, name)
         for decoded in decode_8bit(state, 128):

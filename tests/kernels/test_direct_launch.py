@@ -59,7 +59,7 @@ def report(name: str) -> dict[str, Any]:
 
     from adamw_triton.state.buffers import make_slots
     from adamw_triton.state.formats import Blockwise8, Float32
-    from adamw_triton_kernels import Hyper, Layout, launch, update_for
+    from adamw_triton_kernels import Hyper, Layout, hyper_table, launch, update_for
 
     stub = StubDriver()
     driver.set_active(stub)
@@ -77,7 +77,7 @@ def report(name: str) -> dict[str, Any]:
     update = update_for(name, torch.device("cuda"))
     for step in (1, 2):
         hyper = Hyper.at(step, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-        update([param], [grad], buffer.arrays, layout, [hyper])
+        update([param], [grad], buffer.arrays, layout, hyper_table([hyper]))
     spec, _key, _device, programs, arguments = calls[-1]
     source, grid, passed = stub.launches[-1]
     given = (*arguments, *spec.constexprs.values())

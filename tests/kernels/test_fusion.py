@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
-from adamw_triton_kernels import Hyper, Layout, fusion, reference
+from adamw_triton_kernels import Hyper, Layout, fusion, hyper_table, reference
 
 NUMELS = (100_001, 5000, 7, 128 * 40)
 
@@ -44,9 +44,17 @@ class Problem:
     def step(self, number: int) -> None:
         grads = [torch.randn(n, generator=self.generator) * 1e-3 for n in NUMELS]
         grads[0][10], grads[0][3000] = 1e30, 0.0  # its square overflows
-        hyper = Hyper.at(number, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, grad_scale=-0.5)
+        hyper = hyper_table(
+            [Hyper.at(number, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, grad_scale=-0.5)]
+        )
         update = getattr(reference, self.format.update)
-        update(self.params, [g.to(self.params[0].dtype) for g in grads], self.arrays, self.layout, [hyper])
+        update(
+            self.params,
+            [g.to(self.params[0].dtype) for g in grads],
+            self.arrays,
+            self.layout,
+            hyper,
+        )
 
     def bits(self) -> list[Tensor]:
         return [t.view(torch.uint8) for t in (*self.params, *self.arrays.values())]

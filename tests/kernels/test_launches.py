@@ -39,9 +39,10 @@ class Watch:
                 watch.tables += 1
                 super().__init__(*args)
 
-            def send_addresses(self, addresses: array[int]) -> torch.Tensor:
-                before = self.addresses
-                sent: torch.Tensor = super().send_addresses(addresses)
+        class Addresses(launch.DeviceTable):
+            def of(self, values: array[int] | array[float], *, capturable: bool = False) -> torch.Tensor:
+                before = getattr(self, "_sent", None)
+                sent = super().of(values, capturable=capturable)
                 watch.sent_addresses += sent is not before
                 return sent
 
@@ -51,6 +52,7 @@ class Watch:
             call(spec, key, *rest)
 
         monkeypatch.setattr(launch, "_Tables", Tables)
+        monkeypatch.setattr(launch, "DeviceTable", Addresses)
         monkeypatch.setattr(launch, "call", counting)
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
-from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, reference
+from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, hyper_table, reference
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -77,8 +77,8 @@ class Problem:
     def run(self, *, in_triton: bool = True) -> None:
         name = self.format.update
         update = UPDATES[name] if in_triton else getattr(reference, name)
-        hyper = Hyper.at(1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-        update(self.params, self.grads, self.arrays, self.layout, [hyper])
+        hyper = hyper_table([Hyper.at(1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)])
+        update(self.params, self.grads, self.arrays, self.layout, hyper)
 
 
 @pytest.mark.parametrize("device", DEVICES)

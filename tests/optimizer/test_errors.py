@@ -58,7 +58,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(parameters(), **arguments)
 
 
-@pytest.mark.parametrize("key", ["capturable", "master_weights", "foreach", "fused"])
+@pytest.mark.parametrize("key", ["master_weights", "foreach", "fused"])
 def test_no_keyword_exists_before_it_works(key: str) -> None:
     with pytest.raises(TypeError, match=key):
         AdamW(parameters(), **{key: True})  # type: ignore[arg-type]

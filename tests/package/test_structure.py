@@ -22,6 +22,7 @@ ROOMS = [
     {"reservations"},
     {"selection"},
     {"batch", "store"},
+    {"hyperparameters"},
     {"checkpoint"},
     {"arguments"},
     {"paging"},
@@ -37,7 +38,7 @@ KERNEL_ROOMS = [
     {"__init__"},
     {"reference"},
     {"fusion"},
-    {"work"},
+    {"work", "tables"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.
 SAME_ROOM = {("blockwise", "update_rule"), ("demo", "demo")}

@@ -1,0 +1,127 @@
+"""The numbers of a step for each piece of a launch, of its group's settings and its step count. Worked out on
+the host, or, for CUDA graphs, on the device."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adamw_triton_kernels import Hyper, hyper_table
+from adamw_triton_kernels.tables import DeviceTable
+from adamw_triton_kernels.work import SETTINGS, hyper_table_at
+
+
+class Settings:
+    """What a step finds in the parameter groups.
+
+    Args:
+        loss_scale: gradients are divided by it; of one element if it is a tensor.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], loss_scale: float | Tensor | None) -> None:
+        self._groups = groups
+        self.loss_scale = loss_scale
+        self._hypers: dict[tuple[int, int], Hyper] = {}
+
+    def of(self, group: int) -> tuple[Any, ...]:
+        """In the order of ``SETTINGS``, some perhaps tensors; the loss scale is still to come."""
+        found = self._groups[group]
+        sign = -1.0 if found["maximize"] else 1.0
+        return (sign, *found["betas"], found["eps"], found["lr"], found["weight_decay"])
+
+    def hyper(self, group: int, step: int) -> Hyper:
+        """The numbers of a group at a step, on the host."""
+        known = self._hypers.get((group, step))
+        if known is None:
+            sign, beta1, beta2, eps, lr, weight_decay = map(float, self.of(group))
+            known = self._hypers[group, step] = Hyper.at(
+                step,
+                lr=lr,
+                betas=(beta1, beta2),
+                eps=eps,
+                weight_decay=weight_decay,
+                grad_scale=sign / self._loss_scale,
+            )
+        return known
+
+    @functools.cached_property
+    def _loss_scale(self) -> float:
+        return 1.0 if self.loss_scale is None else float(self.loss_scale)
+
+
+class Numbers(Protocol):
+    """Of the pieces of one launch."""
+
+    def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
+        """Each piece's row in the hyper table, and the table. The rows are one object until they change."""
+
+
+class OnHost:
+    """Step counts are on the host: pieces of one group and one step count share a row.
+
+    Args:
+        groups: of each piece.
+        steps: the step counts of a buffer.
+        slots: index in ``steps`` of each piece.
+    """
+
+    def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
+        self._groups = groups
+        self._steps = steps
+        self._slots = torch.tensor(slots)
+        self._rows: tuple[int, ...] = ()
+        self._firsts: Sequence[int] = ()
+        """The first piece of each row."""
+        self._leaders: Tensor | None = None
+        """For each piece, the first one of its row."""
+
+    def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
+        steps = self._steps[self._slots]
+        if self._leaders is None or not steps.equal(steps[self._leaders]):
+            self._share(steps)
+        hypers = [settings.hyper(self._groups[first], int(steps[first]) + 1) for first in self._firsts]
+        return self._rows, hyper_table(hypers)
+
+    def _share(self, steps: Tensor) -> None:
+        leader_of: dict[tuple[int, float], int] = {}
+        keys = list(zip(self._groups, steps.tolist(), strict=True))
+        for position, key in enumerate(keys):
+            leader_of.setdefault(key, position)
+        row_of = {key: row for row, key in enumerate(leader_of)}
+        self._firsts = list(leader_of.values())
+        self._leaders = torch.tensor([leader_of[key] for key in keys])
+        self._rows = tuple(row_of[key] for key in keys)
+
+
+class OnDevice:
+    """Step counts are on the device, and the host never waits for one: each piece has a row. Arguments as
+    ``OnHost``'s."""
+
+    def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
+        self._groups = list(dict.fromkeys(groups))
+        self._group_of = torch.tensor([self._groups.index(group) for group in groups], device=steps.device)
+        self._steps = steps
+        self._slots = torch.tensor(slots, device=steps.device)
+        self._rows = tuple(range(len(groups)))
+        self._numbers = DeviceTable(steps.device)
+
+    def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
+        numbers, there = array("d"), []
+        for row, group in enumerate(self._groups):
+            for column, value in enumerate(settings.of(group)):
+                if isinstance(value, Tensor) and value.device == self._steps.device:
+                    there.append((row, column, value))
+                    numbers.append(0.0)
+                else:
+                    numbers.append(float(value))
+        table = self._numbers.of(numbers, capturable=True).view(-1, len(SETTINGS)).clone()
+        for row, column, value in there:
+            table[row, column].copy_(value.squeeze())
+        if settings.loss_scale is not None:
+            table[:, 0] /= torch.as_tensor(settings.loss_scale, device=table.device)
+        return self._rows, hyper_table_at(self._steps[self._slots] + 1, table[self._group_of])
