@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ class Numbers(Protocol):
         """Each piece's row in the hyper table, and the table. The rows are one object until they change."""
 
 
+class _Shared(NamedTuple):
+    """Which pieces share a row of numbers."""
+
+    rows: tuple[int, ...]
+    """Of each piece."""
+    firsts: tuple[int, ...]
+    """The first piece of each row."""
+    leaders: Tensor
+    """For each piece, the first one of its row."""
+
+
 class OnHost:
     """Step counts are on the host: pieces of one group and one step count share a row.
 
@@ -74,28 +85,27 @@ class OnHost:
         self._groups = groups
         self._steps = steps
         self._slots = torch.tensor(slots)
-        self._rows: tuple[int, ...] = ()
-        self._firsts: Sequence[int] = ()
-        """The first piece of each row."""
-        self._leaders: Tensor | None = None
-        """For each piece, the first one of its row."""
+        self._shared: _Shared | None = None
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
         steps = self._steps[self._slots]
-        if self._leaders is None or not steps.equal(steps[self._leaders]):
-            self._share(steps)
-        hypers = [settings.hyper(self._groups[first], int(steps[first]) + 1) for first in self._firsts]
-        return self._rows, hyper_table(hypers)
+        shared = self._shared
+        if shared is None or not steps.equal(steps[shared.leaders]):
+            shared = self._shared = self._share(steps)
+        hypers = [settings.hyper(self._groups[first], int(steps[first]) + 1) for first in shared.firsts]
+        return shared.rows, hyper_table(hypers)
 
-    def _share(self, steps: Tensor) -> None:
+    def _share(self, steps: Tensor) -> _Shared:
         leader_of: dict[tuple[int, float], int] = {}
         keys = list(zip(self._groups, steps.tolist(), strict=True))
         for position, key in enumerate(keys):
             leader_of.setdefault(key, position)
         row_of = {key: row for row, key in enumerate(leader_of)}
-        self._firsts = list(leader_of.values())
-        self._leaders = torch.tensor([leader_of[key] for key in keys])
-        self._rows = tuple(row_of[key] for key in keys)
+        return _Shared(
+            rows=tuple(row_of[key] for key in keys),
+            firsts=tuple(leader_of.values()),
+            leaders=torch.tensor([leader_of[key] for key in keys]),
+        )
 
 
 class OnDevice:
