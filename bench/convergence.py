@@ -159,5 +159,7 @@ def main(argv: Sequence[str]) -> int:
         "losses": found,
         "cannot_run": reasons,
     }
-    suite.finish("convergence", argv, options, [table(found, FORMATS, reasons)], data, figure(found, formats))
+    suite.finish(
+        "convergence", argv, options, [table(found, FORMATS, reasons)], data, lambda: figure(found, formats)
+    )
     return int(any(outside(found, one.key) for one in formats if one.ours))

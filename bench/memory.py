@@ -175,5 +175,5 @@ def main(argv: Sequence[str]) -> int:
         },
     }
     shown = [table(results, reasons, elements, device)]
-    suite.finish("memory", argv, options, shown, data, figure(results, elements, device))
+    suite.finish("memory", argv, options, shown, data, lambda: figure(results, elements, device))
     return 0

@@ -221,5 +221,5 @@ def main(argv: Sequence[str]) -> int:
         },
     }
     shown = [table(measured, reasons, link, device, about)]
-    suite.finish("paged", argv, options, shown, data, figure(measured, link, device, about))
+    suite.finish("paged", argv, options, shown, data, lambda: figure(measured, link, device, about))
     return 0

@@ -244,5 +244,5 @@ def main(argv: Sequence[str]) -> int:
         "cannot_run": reasons,
         "optimizers": {key: asdict(run) for key, run in runs.items()},
     }
-    suite.finish("train", argv, options, [table(given, runs, reasons)], data, figure(given, runs))
+    suite.finish("train", argv, options, [table(given, runs, reasons)], data, lambda: figure(given, runs))
     return 0
