@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import suite, workloads
-from bench.optimizers import NEVER, OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
+from bench.optimizers import (
+    NEVER,
+    OPTIMIZERS,
+    Optimizer,
+    compiled_after,
+    give_back,
+    runnable,
+    told,
+    without_compiling,
+)
 from bench.report import Cell, Table
 from bench.suite import COLOURS
 
@@ -158,14 +167,13 @@ def main(argv: Sequence[str]) -> int:
     found, reasons = runnable(OPTIMIZERS, device)
     give_freed_memory_back()
     # Not compiled, or whichever is measured then would have the compiler's own memory on its account.
+    results: dict[str, tuple[Bytes, Bytes | None]] = {}
     with compiled_after(NEVER):
-        results = {
-            one.key: (
-                measured(without_compiling(one), shapes, device, options.seed),
-                predicted(one, [elements // 16] * 16, device),
-            )
-            for one in found
-        }
+        for one in found:
+            with told(one, reasons):
+                got = measured(without_compiling(one), shapes, device, options.seed)
+                results[one.key] = got, predicted(one, [elements // 16] * 16, device)
+            give_back(device)
     data: dict[str, Any] = {
         "elements": elements,
         "cannot_run": reasons,
