@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 SUITES = {
@@ -42,7 +43,8 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the suite that ``argv`` names. 0: goals met; 1: a goal missed; 2: it cannot run as asked."""
+    """Run the suite that ``argv`` names. 0: goals met; 1: a goal missed; 2: it cannot run as asked; 3: it
+    failed."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -56,4 +58,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception:  # 1, Python's own status for it, is a goal that was missed
+        traceback.print_exc()
+        sys.exit(3)

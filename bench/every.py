@@ -15,7 +15,12 @@ from bench.__main__ import SUITES
 from bench.report import Cell, Table
 
 QUICK_FOLDER = Path("build") / "bench-quick"
-ENDED = {0: Cell("done", "good"), 1: Cell("a goal missed", "bad"), 2: Cell("cannot run", "bad")}
+ENDED = {
+    0: Cell("done", "good"),
+    1: Cell("a goal missed", "bad"),
+    2: Cell("cannot run", "bad"),
+    3: Cell("failed", "bad"),
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -70,7 +70,10 @@ def off(measured: Read, predicted: Read) -> Read:
 
 
 def largest(*reads: Read) -> Read:
-    return lambda results: max(read(results) for read in reads)
+    """NaN if there is one."""
+    return lambda results: max(
+        (read(results) for read in reads), key=lambda value: (math.isnan(value), value)
+    )
 
 
 def failures(file: str | None = None) -> Read:
@@ -290,13 +293,13 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def finish(folder: Path, ended: Mapping[str, str], command: str) -> int:
-    """Judge what is in a folder, show and save; 0 if all goals are met, 1 if one is missed, 2 if one is not
+    """Judge what is in a folder, show and save: 0 if all goals are met, 1 if one is missed, 2 if one is not
     measured."""
     judged = judge(load(folder), ended)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = report.environment("goals", [], 0, device) | {"command": command}
     shown = table(judged, run["gpu"] or f"a machine without a GPU ({run['cpu']})")
-    report.show(shown, report.console())
+    report.show(shown, report.console(200))
     data = {"goals": [one.record() for one in judged], "ended": dict(ended)}
     report.save(folder, "goals", run, [shown], data)
     verdicts = {one.verdict for one in judged}

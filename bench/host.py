@@ -76,6 +76,14 @@ def seconds(
     return times
 
 
+def record(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """For the JSON."""
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in found.items()
+    }
+
+
 def tables(medians: dict[int, dict[str, float]], device: str) -> list[Table]:
     """Microseconds, and ratios to ours."""
     columns = ["optimizer", *(f"{count} tensors" for count in medians)]
@@ -114,9 +122,6 @@ def main(argv: Sequence[str]) -> int:
         made = {name: build(tensors(count, device)) for name, build in builders(device).items()}
         found = seconds(made, rounds, wait)
         medians[count] = {name: statistics.median(values) for name, values in found.items()}
-        data["seconds"][str(count)] = {
-            name: {"median": medians[count][name], "min": min(values), "max": max(values)}
-            for name, values in found.items()
-        }
+        data["seconds"][str(count)] = record(found)
     suite.finish("host", argv, options, tables(medians, device), data)
     return 0

@@ -93,6 +93,14 @@ def give_freed_memory_back() -> None:
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
 
 
+def record(results: dict[str, tuple[Bytes, Bytes | None]]) -> dict[str, Any]:
+    """For the JSON."""
+    return {
+        key: {"measured": vars(got), "predicted": wanted and vars(wanted)}
+        for key, (got, wanted) in results.items()
+    }
+
+
 def table(
     results: dict[str, tuple[Bytes, Bytes | None]], reasons: dict[str, str], elements: int, device: str
 ) -> Table:
@@ -177,10 +185,7 @@ def main(argv: Sequence[str]) -> int:
     data: dict[str, Any] = {
         "elements": elements,
         "cannot_run": reasons,
-        "optimizers": {
-            key: {"measured": vars(got), "predicted": wanted and vars(wanted)}
-            for key, (got, wanted) in results.items()
-        },
+        "optimizers": record(results),
     }
     shown = [table(results, reasons, elements, device)]
     suite.finish("memory", argv, options, shown, data, lambda: figure(results, elements, device))

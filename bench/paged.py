@@ -140,6 +140,12 @@ def measure(
     return {key: Measured(spreads[key], crossing(one)) for key, one in made.items()}, reasons
 
 
+def record(got: Measured, link: Link) -> dict[str, float]:
+    """For the JSON."""
+    share = got.state / got.spread.median / link.both
+    return {**got.spread.record(), "state_bytes": got.state, "share_of_link": share}
+
+
 def table(
     measured: dict[str, Measured], reasons: dict[str, str], link: Link, device: str, about: str
 ) -> Table:
@@ -224,14 +230,7 @@ def main(argv: Sequence[str]) -> int:
         "dtype": str(dtype),
         "link": vars(link),
         "cannot_run": reasons,
-        "optimizers": {
-            key: {
-                **got.spread.record(),
-                "state_bytes": got.state,
-                "share_of_link": got.state / got.spread.median / link.both,
-            }
-            for key, got in measured.items()
-        },
+        "optimizers": {key: record(got, link) for key, got in measured.items()},
     }
     shown = [table(measured, reasons, link, device, about)]
     suite.finish("paged", argv, options, shown, data, lambda: figure(measured, link, device, about))

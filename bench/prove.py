@@ -109,10 +109,8 @@ def install(wheels: Path, site: Path) -> list[Path]:
         path = [site] if code == 0 else []
         if code != 0:
             print(f"the wheels in {wheels} could not be installed: pip ended with {code}")
-    there = {
-        each.metadata["Name"].lower().replace("_", "-")
-        for each in distributions(path=[*map(str, path), *sys.path])
-    }
+    names = (str(each.metadata["Name"]) for each in distributions(path=[*map(str, path), *sys.path]))
+    there = {name.lower().replace("_", "-") for name in names}
     missing = [peer for peer in PEERS if peer not in there]
     print(f"peers: {', '.join(sorted(set(PEERS) - set(missing))) or 'none'}")
     if missing:
@@ -136,17 +134,20 @@ def run_all(
     return ended, took
 
 
+def command(part: Part, folder: Path, left: float, quick: bool) -> list[str]:
+    options = ["--out", str(folder.resolve()), *(["--quick"] if quick else [])]
+    options += ["--seconds", f"{max(1, left - 2 * children.GRACE):.0f}"] if part.told else []
+    return [sys.executable, "-m", "bench", part.suite, *options]
+
+
 def run(part: Part, folder: Path, path: Sequence[Path], left: float, quick: bool) -> str:
     """One part, for at most so many seconds, the time to stop it included."""
     left -= children.GRACE
     if left < 1:
         return "left out: no time"
-    command = [sys.executable, "-m", "bench", part.suite, "--out", str(folder.resolve())]
-    command += ["--quick"] if quick else []
-    command += ["--seconds", f"{left - 2 * children.GRACE:.0f}"] if part.told else []
-    print(f"\n== {' '.join(command[1:])} (up to {left:.0f} s)", flush=True)
+    print(f"\n== {part.suite} (up to {left:.0f} s)", flush=True)
     threads = {"OMP_NUM_THREADS": "1"} if quick else {}
-    code = children.run(command, left, children.environment(path, **threads))
+    code = children.run(command(part, folder, left, quick), left, children.environment(path, **threads))
     if code is None:
         return "stopped at the end of its share"
     return ENDED[code].text if code in ENDED else f"failed with {code}"
