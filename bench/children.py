@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +25,9 @@ def environment(first: Sequence[Path] = (), **variables: str) -> dict[str, str]:
 
 def start(command: Sequence[str], env: dict[str, str], log: IO[Any] | None = None) -> subprocess.Popen[bytes]:
     """In a group of its own, with all that it starts; its output to ``log``, else to ours."""
-    output = {} if log is None else {"stdout": log, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=os.setpgrp, **output)  # type: ignore[call-overload,no-any-return]
+    options: dict[str, Any] = {} if log is None else {"stdout": log, "stderr": subprocess.STDOUT}
+    options |= {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **options)
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:

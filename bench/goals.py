@@ -299,7 +299,7 @@ def finish(folder: Path, ended: Mapping[str, str], command: str) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = report.environment("goals", [], 0, device) | {"command": command}
     shown = table(judged, run["gpu"] or f"a machine without a GPU ({run['cpu']})")
-    report.show(shown, report.console(200))
+    report.show(shown, report.console())
     data = {"goals": [one.record() for one in judged], "ended": dict(ended)}
     report.save(folder, "goals", run, [shown], data)
     verdicts = {one.verdict for one in judged}

@@ -52,9 +52,9 @@ class Table:
 _TERMINAL_STYLES = {"good": "bold green", "bad": "bold red", "bold": "bold", "": ""}
 
 
-def console(width: int = 140) -> Console:
+def console() -> Console:
     """The terminal, or what its output is piped to: that has no width, so lines may be long."""
-    return Console(width=None if sys.stdout.isatty() else width)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def show(table: Table, console: Console) -> None:

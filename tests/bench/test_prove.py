@@ -73,7 +73,7 @@ def good(tmp_path: Path) -> dict[str, Any]:
         "train": good_train(),
         "memory": {"optimizers": memory.record({one.key: placed for one in OPTIMIZERS if one.ours})},
         "host": {"seconds": {"300": host.record({name: [1e-4] for name in host.builders("cuda")})}},
-        "first": first.record(dict.fromkeys(first.VARIANTS, {how: {"first": 0.2} for how in first.HOW})),
+        "first": first.record({key: {how: {"first": 0.2} for how in first.HOW} for key in first.VARIANTS}),
     }
     return {name: json.loads(json.dumps({"run": GPU, **data})) for name, data in found.items()}
 

@@ -198,7 +198,6 @@ def test_a_process_has_the_name_of_its_program() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.alone
 @pytest.mark.slow
 def test_on_a_gpu_every_probe_answers() -> None:
     findings = dict(examine(Machine()))
