@@ -31,13 +31,17 @@ def start(command: Sequence[str], env: dict[str, str], log: IO[Any] | None = Non
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float | None) -> int | None:
-    """Its exit status; None if it had to be stopped."""
+    """Its exit status; None if it had to be stopped. Nothing of its group is left, and if we are interrupted
+    ourselves, at once."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         return None
     finally:
-        stop(process)
+        kill(process)
 
 
 def run(
@@ -47,12 +51,8 @@ def run(
     return finish(start(command, env, log), seconds)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     """The process and whatever is left of its group."""
-    if process.poll() is None:
-        _signal(process, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
     _signal(process, signal.SIGKILL)
     process.wait()
 

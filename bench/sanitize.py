@@ -92,7 +92,7 @@ def check(sanitizer: Path, folder: Path, seconds: float) -> dict[str, Any]:
         running = {}
         for run, log in logs.items():
             running[run] = children.start(command(sanitizer, run), env, stack.enter_context(log.open("w")))
-            stack.callback(children.stop, running[run])
+            stack.callback(children.kill, running[run])
         codes = {run: children.finish(one, max(0.0, end - time.monotonic())) for run, one in running.items()}
     return outcomes({run: log.read_text(errors="replace") for run, log in logs.items()}, codes)
 

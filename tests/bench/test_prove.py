@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import children, first, goals, gputests, host, memory, paged, prove, sanitize, step, train
+from bench import children, first, goals, gputests, host, memory, paged, prove, sanitize, step, train, wheels
 from bench.optimizers import OPTIMIZERS, RESIDENT
 from bench.timing import Spread
 
@@ -301,11 +301,11 @@ def test_the_command_runs_through_without_a_gpu(monkeypatch: pytest.MonkeyPatch,
 # --- Its parts ----------------------------------------------------------------------------------------------
 
 
-def wheel(folder: Path, name: str, version: str) -> None:
+def wheel(folder: Path, name: str, version: str, needs: str = "") -> None:
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
         file.writestr(f"{name}_peer.py", "")
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", "")
 
@@ -313,15 +313,23 @@ def wheel(folder: Path, name: str, version: str) -> None:
 def test_wheels_are_installed_for_our_processes_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wheels = tmp_path / ".whl"
-    wheels.mkdir()
+    fetched = tmp_path / ".whl"
+    fetched.mkdir()
     for name in ("torch_optimi", "torch", "triton"):
-        wheel(wheels, name, "99.0")
+        wheel(fetched, name, "99.0")
     site = tmp_path / "site"
-    assert prove.install(wheels, site) == [site]
+    assert prove.install(fetched, site) == [site]
     assert {path.name for path in site.glob("*_peer.py")} == {"torch_optimi_peer.py"}
     assert "torch-optimi" in capsys.readouterr().out.splitlines()[0]
     assert prove.install(tmp_path / "none", tmp_path / "elsewhere") == []
+
+
+def test_what_the_wheels_need_is_told(tmp_path: Path) -> None:
+    wheel(
+        tmp_path, "a", "1", "Requires-Dist: torch>=2\nRequires-Dist: B_b\nRequires-Dist: c; extra == 'more'\n"
+    )
+    wheel(tmp_path, "b_b", "1", "Requires-Dist: absent>2\nRequires-Dist: old; python_version < '3'\n")
+    assert wheels.unmet(sorted(tmp_path.glob("*.whl"))) == {("b-b", "absent>2")}
 
 
 SOME_TESTS = """
