@@ -25,7 +25,11 @@ Read = Callable[[Results], float]
 
 
 class NotMeasured(Exception):
-    """And why."""
+    """By which suite, and why."""
+
+    def __init__(self, suite: str, why: str) -> None:
+        super().__init__(why)
+        self.suite = suite
 
 
 # --- Reading -------------------------------------------------------------------------------------------
@@ -34,9 +38,9 @@ class NotMeasured(Exception):
 def results_of(results: Results, suite: str) -> Any:
     """A suite's JSON, of a GPU."""
     if suite not in results:
-        raise NotMeasured(f"{suite} left no results")
+        raise NotMeasured(suite, f"{suite} left no results")
     if not results[suite]["run"]["gpu"]:
-        raise NotMeasured("no GPU")
+        raise NotMeasured(suite, "no GPU")
     return results[suite]
 
 
@@ -49,11 +53,8 @@ def figure(suite: str, *path: str) -> Read:
         for key in path:
             reasons = found.get("cannot_run", reasons)
             if found.get(key) is None:
-                raise NotMeasured(
-                    f"{key}: {reasons[key]}"
-                    if key in reasons
-                    else found.get("why") or f"{suite} has no {key}"
-                )
+                missing = found.get("why") or f"{suite} has no {key}"
+                raise NotMeasured(suite, f"{key}: {reasons[key]}" if key in reasons else missing)
             found = found[key]
         return float(found)
 
@@ -84,9 +85,9 @@ def failures(file: str | None = None) -> Read:
         found = results_of(results, "gputests")
         counts = found["total"] if file is None else found["files"].get(file)
         if counts is None or not counts["passed"] + counts["failed"]:
-            raise NotMeasured("none of these tests ran")
+            raise NotMeasured("gputests", "none of these tests ran")
         if not counts["failed"] and found["stopped"] + found["broken"]:
-            raise NotMeasured("the tests were stopped before their end")
+            raise NotMeasured("gputests", "the tests were stopped before their end")
         return float(counts["failed"])
 
     return read
@@ -100,7 +101,7 @@ def percent(value: float) -> str:
 
 
 def times(value: float) -> str:
-    return f"{value:.3g} times"
+    return f"{value:.3g}x"
 
 
 def seconds(value: float) -> str:
@@ -148,7 +149,8 @@ BESIDE = ("torch fused", "torchao CPU offload", "bitsandbytes paged 8-bit", "bit
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 TESTED = {
     "kernels against float64 on the CPU": "tests/kernels/test_against_float64.py",
-    "paged against resident bit for bit, streams under load": "tests/paging/test_on_gpu.py",
+    "paged against resident bit for bit": "tests/paging/test_on_gpu.py",
+    "the same beside other work": "tests/paging/test_under_load.py",
     "two processes on one GPU": "tests/paging/test_two_processes.py",
     "CUDA graphs": "tests/optimizer/test_capturable.py",
     "auto under a balloon trains without OOM, bytes within 1% of its plan": "tests/selection/test_on_gpu.py",
@@ -230,6 +232,8 @@ GOALS = (
 
 # --- Judging -------------------------------------------------------------------------------------------
 
+FINISHED = ("done", "a goal missed", "cannot run")
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -241,11 +245,13 @@ class Judged:
     """There is no value."""
 
     @classmethod
-    def of(cls, goal: Goal, results: Results) -> Judged:
+    def of(cls, goal: Goal, results: Results, ended: Mapping[str, str]) -> Judged:
+        """``ended`` says how suites did."""
         try:
             return cls(goal, goal.read(results))
         except NotMeasured as reason:
-            return cls(goal, None, str(reason))
+            how = ended.get(reason.suite, "done")
+            return cls(goal, None, f"{reason}" if how in FINISHED else f"{reason} ({reason.suite}: {how})")
 
     @property
     def verdict(self) -> str:
@@ -261,13 +267,8 @@ class Judged:
 
 
 def judge(results: Results, ended: Mapping[str, str]) -> list[Judged]:
-    """All of them; ``ended`` says how suites did that left nothing."""
-    found = [Judged.of(goal, results) for goal in GOALS]
-    for suite, how in ended.items():
-        missing = f"{suite} left no results"
-        found = [Judged(one.goal, one.value, f"{suite}: {how}" if one.why == missing else one.why)
-                 for one in found]  # fmt: skip
-    return found
+    """All of them."""
+    return [Judged.of(goal, results, ended) for goal in GOALS]
 
 
 STYLES = {"met": "good", "missed": "bad", "told": "", "not measured": ""}
@@ -278,7 +279,7 @@ def table(judged: Sequence[Judged], machine: str) -> Table:
     rows: list[list[Cell | str]] = []
     for one in judged:
         shown = "" if one.value is None else one.goal.show(one.value)
-        verdict = f"{one.verdict}: {one.why[:80]}" if one.why else one.verdict
+        verdict = f"{one.verdict}: {one.why[:100]}" if one.why else one.verdict
         rows.append([one.goal.what, one.goal.asked, shown, Cell(verdict, STYLES[one.verdict])])
     verdicts = [one.verdict for one in judged]
     totals = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in STYLES)

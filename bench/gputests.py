@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         tests += read(xml) if xml.exists() else ()
     data = record(tests, ended)
     suite.finish("gputests", argv, options, [table(data, time.monotonic() - began)], data)
-    for phase in {*data["broken"], *(["beside", "alone"] if data["failures"] else [])}:
+    for phase in PHASES if data["failures"] else data["broken"]:
         text = (folder / f"gputests-{phase}.txt").read_text(errors="replace")
         print(re.sub(r"\n{3,}", "\n\n", text[-3000:]), flush=True)
     return int(bool(data["failures"] or data["stopped"] or data["broken"]))

@@ -182,11 +182,9 @@ def main(argv: Sequence[str]) -> int:
                 got = measured(without_compiling(one), shapes, device, options.seed)
                 results[one.key] = got, predicted(one, [elements // 16] * 16, device)
             give_back(device)
-    data: dict[str, Any] = {
-        "elements": elements,
-        "cannot_run": reasons,
-        "optimizers": record(results),
-    }
+            data = {"elements": elements, "cannot_run": reasons, "optimizers": record(results)}
+            if one.ours:  # kept, whatever becomes of the peers
+                suite.write("memory", argv, options, [], data)
     shown = [table(results, reasons, elements, device)]
     suite.finish("memory", argv, options, shown, data, lambda: figure(results, elements, device))
     return 0

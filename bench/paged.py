@@ -171,7 +171,11 @@ def table(
         f"Paged state, {about}",
         ["optimizer", "ms a step", "of resident", "GB/s each way", "of the link"],
         lines,
-        [f"{kind}, GB/s: {rates}", *suite.reason_notes(reasons)],
+        [
+            f"{kind}, GB/s: {rates}",
+            "bitsandbytes' managed memory stays on a GPU that has room: then nothing crosses the link",
+            *suite.reason_notes(reasons),
+        ],
     )
 
 

@@ -94,18 +94,9 @@ def install(wheels: Path, site: Path) -> list[Path]:
     path = []
     if found:
         shutil.rmtree(site, ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-        ]
-        command += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(site), *map(str, found)]
-        code = children.run(command, 60, children.environment())
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+        how = ["install", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
+        code = children.run([*pip, *how, *map(str, found)], 60, children.environment())
         path = [site] if code == 0 else []
         if code != 0:
             print(f"the wheels in {wheels} could not be installed: pip ended with {code}")
@@ -122,9 +113,8 @@ def run_all(
     parts: Sequence[Part], folder: Path, path: Sequence[Path], began: float, limit: float, quick: bool
 ) -> tuple[dict[str, str], dict[str, float]]:
     """How each part ended, and the seconds it took. Each ends by the sum of the shares up to it."""
-    kept = sum(part.share for part in PARTS)
-    scale = (limit - CLOSING) / kept
     due = time.monotonic() - began
+    scale = (limit - CLOSING - due) / sum(part.share for part in PARTS)
     ended, took = {}, {}
     for part in parts:
         due = min(due + part.share * scale, limit - CLOSING) if part.share else limit - CLOSING

@@ -135,7 +135,7 @@ WORSE = {
     "a race": (put(2, "sanitize", "tools", "racecheck", "found"), ["racecheck: found"]),
     "a failing test": (
         put({"passed": 3, "failed": 1, "skipped": 0}, "gputests", "files", "tests/paging/test_on_gpu.py"),
-        ["that fail: paged against resident bit for bit, streams under load"]),
+        ["that fail: paged against resident bit for bit"]),
 }  # fmt: skip
 
 
@@ -166,7 +166,10 @@ def test_what_was_not_measured_says_why(good: dict[str, Any]) -> None:
     del good["step"]
     assert why(good, peer) == ("not measured", "step left no results")
     ended = {"step": "stopped at the end of its share"}
-    assert why(good, peer, ended) == ("not measured", "step: stopped at the end of its share")
+    assert why(good, peer, ended) == (
+        "not measured",
+        "step left no results (step: stopped at the end of its share)",
+    )
 
 
 def test_a_figure_that_is_not_a_number_meets_nothing(good: dict[str, Any]) -> None:
