@@ -3,7 +3,7 @@
 For a machine with a GPU and without network: installs the wheels that ``bench wheels`` fetched, for its own
 processes alone; runs the GPU tests, compute-sanitizer and the suites, each for at most its share of the time;
 judges the goals; and packs everything, into ``$OUT`` too if that is set. What one part leaves of its share,
-those behind it may take; whatever happens to one, the others run.
+those behind it may take; whatever happens to one, the others run. Suites that need no GPU are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ PARTS = (
     Part("memory", 35),  # [25: 14 optimizers, pinning 10 GiB]
     Part("host", 15),  # [10]
     Part("first", 35),  # [25: four processes that import torch]
-    Part("convergence", 0),  # in what is left
 )
 
 
@@ -117,7 +116,7 @@ def run_all(
     scale = (limit - CLOSING - due) / sum(part.share for part in PARTS)
     ended, took = {}, {}
     for part in parts:
-        due = min(due + part.share * scale, limit - CLOSING) if part.share else limit - CLOSING
+        due += part.share * scale
         start = time.monotonic()
         ended[part.suite] = run(part, folder, path, began + due - start, quick)
         took[part.suite] = time.monotonic() - start
