@@ -206,6 +206,8 @@ def test_the_exit_status_tells_what_became_of_the_goals(good: dict[str, Any], tm
     assert code() == 0
     del good["paged"]
     assert code() == 2
+    (tmp_path / "paged.json").write_text('{"run": ')  # stopped while it wrote
+    assert goals.finish(tmp_path, {}, "") == 2
     good["first"]["variants"]["8bit"]["cold"] = 9.0
     assert code() == 1
     page = (tmp_path / "goals.md").read_text()
