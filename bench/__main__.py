@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 SUITES = {
@@ -16,12 +17,19 @@ SUITES = {
     "paged": "steps whose state comes over the link, beside resident ones and the link itself",
     "memory": "peak of a step by place, beside what the plan says",
     "train": "a Llama trained: step time, memory, loss",
+    "first": "seconds of a first step: compiled, and from Triton's cache",
     "convergence": "losses by seed, beside the noise of fp32 itself",
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
     "roofline": "projected, not measured: step times of GPUs from the audit",
 }
+PROOFS = {
+    "gputests": "the tests that need a GPU",
+    "sanitize": "compute-sanitizer over tests of the kernels",
+}
 COMMANDS = {
+    "prove": "on a GPU machine without network: tests, suites and goals in under ten minutes",
+    "goals": "what must be shown on a GPU, beside the results there are",
     "wheels": "fetch the peers' wheels for a GPU machine without network",
     "readme": "write bench/README.md from the results there are",
 }
@@ -29,24 +37,31 @@ COMMANDS = {
 
 def usage() -> str:
     """The list of suites, for a terminal."""
-    lines = [f"  {name:<12} {about}" for name, about in (SUITES | COMMANDS).items()]
+    lines = [f"  {name:<12} {about}" for name, about in (SUITES | PROOFS | COMMANDS).items()]
     every = "       python -m bench --all | --quick [--out FOLDER]: every suite that can run here\n"
     return "\n".join(["usage: python -m bench SUITE [options; --help lists them]", every, *lines])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the suite that ``argv`` names. 0: goals met; 1: a goal missed; 2: it cannot run as asked."""
+    """Run the suite that ``argv`` names. 0: goals met; 1: a goal missed; 2: it cannot run as asked; 3: it
+    failed."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     if argv[0].startswith("-"):
         return int(importlib.import_module("bench.every").main(argv))
     name, *options = argv
-    if name not in SUITES | COMMANDS:
+    if name not in SUITES | PROOFS | COMMANDS:
         print(f"no suite is called {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     return int(importlib.import_module(f"bench.{name}").main(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception:  # 1, Python's own status for it, is a goal that was missed
+        traceback.print_exc()
+        sys.exit(3)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,12 +10,17 @@ from pathlib import Path
 
 import torch
 
-from bench import report
+from bench import children, report
 from bench.__main__ import SUITES
 from bench.report import Cell, Table
 
 QUICK_FOLDER = Path("build") / "bench-quick"
-ENDED = {0: Cell("done", "good"), 1: Cell("a goal missed", "bad"), 2: Cell("cannot run", "bad")}
+ENDED = {
+    0: Cell("done", "good"),
+    1: Cell("a goal missed", "bad"),
+    2: Cell("cannot run", "bad"),
+    3: Cell("failed", "bad"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,13 +58,11 @@ def run(name: str, quick: bool, folder: Path | None, left: float | None) -> Cell
     if left is not None and left < 1:
         return Cell("left out: no time", "bad")
     command = [sys.executable, "-m", "bench", name, *(["--quick"] if quick else [])]
-    command += ["--out", str(folder)] if folder else []
+    command += ["--out", str(folder.resolve())] if folder else []
     # One thread in quick mode: several wait for each other wherever other work takes a core.
-    environment = {"OMP_NUM_THREADS": "1"} if quick else {}
-    environment |= {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    threads = {"OMP_NUM_THREADS": "1"} if quick else {}
     print(f"\n== {' '.join(command[1:])}", flush=True)
-    try:
-        code = subprocess.run(command, env=environment, timeout=left, check=False).returncode
-    except subprocess.TimeoutExpired:
+    code = children.run(command, left, children.environment(**threads))
+    if code is None:
         return Cell("stopped: out of time", "bad")
     return ENDED.get(code, Cell(f"failed with {code}", "bad"))

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import suite, workloads
-from bench.optimizers import NEVER, OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
+from bench.optimizers import (
+    NEVER,
+    OPTIMIZERS,
+    Optimizer,
+    compiled_after,
+    give_back,
+    runnable,
+    told,
+    without_compiling,
+)
 from bench.report import Cell, Table
 from bench.suite import COLOURS
 
@@ -82,6 +91,14 @@ def give_freed_memory_back() -> None:
     """Every large block its own mapping, unmapped when freed: else what one optimizer frees, the next
     takes without the kernel's seeing it."""
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
+
+
+def record(results: dict[str, tuple[Bytes, Bytes | None]]) -> dict[str, Any]:
+    """For the JSON."""
+    return {
+        key: {"measured": vars(got), "predicted": wanted and vars(wanted)}
+        for key, (got, wanted) in results.items()
+    }
 
 
 def table(
@@ -158,22 +175,16 @@ def main(argv: Sequence[str]) -> int:
     found, reasons = runnable(OPTIMIZERS, device)
     give_freed_memory_back()
     # Not compiled, or whichever is measured then would have the compiler's own memory on its account.
+    results: dict[str, tuple[Bytes, Bytes | None]] = {}
     with compiled_after(NEVER):
-        results = {
-            one.key: (
-                measured(without_compiling(one), shapes, device, options.seed),
-                predicted(one, [elements // 16] * 16, device),
-            )
-            for one in found
-        }
-    data: dict[str, Any] = {
-        "elements": elements,
-        "cannot_run": reasons,
-        "optimizers": {
-            key: {"measured": vars(got), "predicted": wanted and vars(wanted)}
-            for key, (got, wanted) in results.items()
-        },
-    }
+        for one in found:
+            with told(one, reasons):
+                got = measured(without_compiling(one), shapes, device, options.seed)
+                results[one.key] = got, predicted(one, [elements // 16] * 16, device)
+            give_back(device)
+            data = {"elements": elements, "cannot_run": reasons, "optimizers": record(results)}
+            if one.ours:  # kept, whatever becomes of the peers
+                suite.write("memory", argv, options, [], data)
     shown = [table(results, reasons, elements, device)]
-    suite.finish("memory", argv, options, shown, data, figure(results, elements, device))
+    suite.finish("memory", argv, options, shown, data, lambda: figure(results, elements, device))
     return 0

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,11 +75,58 @@ def _torchao(params: list[Tensor], lr: float, decay: float) -> Stepper:
     return AdamW8bit(params, lr=torch.tensor(lr), betas=BETAS, eps=EPS, weight_decay=decay)
 
 
-def _torchao_offload(params: list[Tensor], lr: float, decay: float) -> Stepper:
-    from torchao.optim import CPUOffloadOptimizer
+class Offloaded:
+    """torchao's CPU offload. It takes gradients from hooks while backward makes them: where there was no
+    backward, its step begins with autograd's handing them over."""
 
-    how = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": decay, "fused": True}
-    return CPUOffloadOptimizer(params, torch.optim.AdamW, **how)
+    def __init__(self, params: list[Tensor], lr: float, decay: float) -> None:
+        from torchao.optim import CPUOffloadOptimizer
+
+        how = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": decay, "fused": True}
+        self.params = params
+        self.optimizer = CPUOffloadOptimizer(params, torch.optim.AdamW, **how)
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        parts = (part.state for part in (*self.optimizer.optim_dict.values(), self.optimizer.d_opt) if part)
+        return {param: entry for state in parts for param, entry in state.items()}
+
+    def step(self) -> None:
+        if not self.optimizer.queue:
+            hand_over(self.params)
+        self.optimizer.step()
+
+
+def hand_over(params: list[Tensor]) -> None:
+    """Have autograd accumulate the gradients that are there, which calls the hooks of parameters."""
+    given = [(param, param.grad) for param in params if param.grad is not None]
+    for param, _ in given:
+        param.grad = None
+    torch.autograd.backward([param for param, _ in given], [grad for _, grad in given])
+
+
+MANAGED_SHARE = 0.5
+"""Of the memory that a GPU has free: managed memory beyond that which is free can hang it."""
+_managed = 0
+"""Bytes asked for so far: bitsandbytes frees none."""
+
+
+def _bitsandbytes_paged(name: str, bytes_per_element: int) -> Build:
+    build = _bitsandbytes(name)
+
+    def built(params: list[Tensor], lr: float, decay: float) -> Stepper:
+        global _managed
+        wanted = bytes_per_element * sum(p.numel() for p in params if p.numel() >= 100_000)  # others stay
+        free = torch.cuda.mem_get_info()[0]
+        if _managed + wanted > MANAGED_SHARE * free:
+            raise torch.OutOfMemoryError(
+                f"{wanted / 2**30:.1f} GiB of managed memory beside {_managed / 2**30:.1f} GiB, with "
+                f"{free / 2**30:.1f} GiB free, were not asked for: it can hang the GPU"
+            )
+        _managed += wanted
+        return build(params, lr, decay)
+
+    return built
 
 
 def _flashoptim(params: list[Tensor], lr: float, decay: float) -> Stepper:
@@ -106,10 +154,14 @@ OPTIMIZERS = (
     Optimizer("torch fused", _torch(fused=True), "torch", 32),
     Optimizer("bitsandbytes 32-bit", _bitsandbytes("AdamW32bit"), "bitsandbytes", 32),
     Optimizer("bitsandbytes 8-bit", _bitsandbytes("AdamW8bit"), "bitsandbytes", 8),
-    Optimizer("bitsandbytes paged 32-bit", _bitsandbytes("PagedAdamW32bit"), "bitsandbytes", 32, True, _UVM),
-    Optimizer("bitsandbytes paged 8-bit", _bitsandbytes("PagedAdamW8bit"), "bitsandbytes", 8, True, _UVM),
+    Optimizer(
+        "bitsandbytes paged 32-bit", _bitsandbytes_paged("PagedAdamW32bit", 8), "bitsandbytes", 32, True, _UVM
+    ),
+    Optimizer(
+        "bitsandbytes paged 8-bit", _bitsandbytes_paged("PagedAdamW8bit", 2), "bitsandbytes", 8, True, _UVM
+    ),
     Optimizer("torchao 8-bit", _torchao, "torchao", 8),
-    Optimizer("torchao CPU offload", _torchao_offload, "torchao", 32, True, _GPU),
+    Optimizer("torchao CPU offload", Offloaded, "torchao", 32, True, _GPU),
     Optimizer("flashoptim 8-bit", _flashoptim, "flashoptim", 8, needs=_GPU),
     Optimizer("optimi", _optimi, "torch-optimi", 32),
 )
@@ -135,10 +187,11 @@ def refusal(optimizer: Optimizer, device: str, dtype: torch.dtype) -> str | None
     if optimizer.needs and device == "cpu":
         return f"it needs {optimizer.needs}"
     param = torch.ones(PROBE, device=device, dtype=dtype).requires_grad_()
-    param.grad = torch.ones_like(param)
     try:
         with torch.compiler.set_stance("force_eager"):  # compilers take seconds, and that is no answer
-            optimizer.build([param], 0.1, 0.0).step()
+            made = optimizer.build([param], 0.1, 0.0)
+            torch.autograd.backward(param.sum())  # some take the gradient while it is made
+            made.step()
     except Exception as error:  # a peer may fail in any way
         if optimizer.ours:
             raise
@@ -154,6 +207,26 @@ def without_compiling(optimizer: Optimizer) -> Optimizer:
     if optimizer.library != "torchao":
         return optimizer
     return replace(optimizer, build=lambda params, lr, decay: Eager(optimizer.build(params, lr, decay)))
+
+
+@contextlib.contextmanager
+def told(optimizer: Optimizer, reasons: dict[str, str]) -> Iterator[None]:
+    """What goes wrong within is the reason why it has no figures; ours may run out of memory, and no more."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reasons[optimizer.key] = f"out of memory: {error}".splitlines()[0][:200]
+    except Exception as error:  # a peer may fail in any way
+        if optimizer.ours:
+            raise
+        reasons[optimizer.key] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def give_back(device: str) -> None:
+    """What is no longer used, to the GPU, before the next optimizer comes."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

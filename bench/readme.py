@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import report
-from bench.__main__ import SUITES
+from bench.__main__ import PROOFS, SUITES
 
 HEAD = """# The bench
 
@@ -17,7 +17,11 @@ Written by `python -m bench readme` from `bench/results/`; not by hand.
 - `python -m bench --quick`: a look at every suite, in minutes, on any machine
 - `python -m bench --all`: in full; results under `bench/results/<machine>/`, then this page
 - `python -m bench SUITE --help`: one suite
-- `python -m bench wheels`: the peers' wheels, for a GPU machine without network
+
+On a GPU machine without network, two commands: here `python -m bench wheels`, which fetches the peers'
+wheels; there, in a copy of this folder with its `.whl/`, `python3 -m bench prove`. In under ten minutes it
+runs the GPU tests, compute-sanitizer and the suites, the most important first, and judges every goal. Results
+go to `bench/results/<gpu>/`, and packed to `$OUT` where that is set.
 
 Each suite writes a table, a plot and a JSON with versions, clocks, seeds and every figure. Optimizers take
 turns in every round, in an order drawn anew; times are medians, and first steps are told apart.
@@ -36,7 +40,7 @@ def section(machine: Path, root: Path) -> Iterator[str]:
     """Every suite's page, one level down."""
     title = "Compiled or projected, not measured" if machine.name == "aot" else f"Measured: {machine.name}"
     yield f"## {title}\n"
-    for name in SUITES:
+    for name in ("goals", *PROOFS, *SUITES):
         page = machine / f"{name}.md"
         if not page.exists():
             continue

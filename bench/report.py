@@ -54,7 +54,7 @@ _TERMINAL_STYLES = {"good": "bold green", "bad": "bold red", "bold": "bold", "":
 
 def console() -> Console:
     """The terminal, or what its output is piped to: that has no width, so lines may be long."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def show(table: Table, console: Console) -> None:
@@ -126,11 +126,20 @@ def environment(suite: str, options: Sequence[str], seed: int, device: str = "cp
         "cpu": processor(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
+        "host_memory": host_memory(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "clocks": clocks(device),
         "python": platform.python_version(),
         "versions": {library: _version(library) for library in LIBRARIES},
     }
+
+
+def host_memory() -> int | None:
+    """Bytes that may still be taken; some machines' memory grows with what is."""
+    from adamw_triton.memory.host import host_limit
+
+    limit = host_limit()
+    return None if limit is None else limit.available
 
 
 def clocks(device: str) -> str | None:

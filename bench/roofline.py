@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
             gpu.name: {kernel: vars(of[kernel]) for kernel in KERNELS} for gpu, of in projected.items()
         },
     }
-    suite.finish("roofline", argv, options, [table], data, figure(projected))
+    suite.finish("roofline", argv, options, [table], data, lambda: figure(projected))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,21 +40,44 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def finish(
+def folder(options: argparse.Namespace) -> Path:
+    """Of the results."""
+    chosen: Path = options.out or report.RESULTS / report.machine_slug(options.device)
+    return chosen
+
+
+def write(
     name: str,
     argv: Sequence[str],
     options: argparse.Namespace,
     tables: Sequence[Table],
     data: dict[str, Any],
     figure: Figure | None = None,
+) -> list[Path]:
+    """Write what there is: a suite that is stopped later has left that much."""
+    run = report.environment(name, argv, options.seed, options.device)
+    return report.save(folder(options), name, run, tables, data, figure)
+
+
+def finish(
+    name: str,
+    argv: Sequence[str],
+    options: argparse.Namespace,
+    tables: Sequence[Table],
+    data: dict[str, Any],
+    draw: Callable[[], Figure] | None = None,
 ) -> None:
-    """Show the tables, write everything, and say where."""
+    """Show the tables, write everything, and say where. A machine without matplotlib gets no plot."""
     console = report.console()
     for table in tables:
         report.show(table, console)
-    folder = options.out or report.RESULTS / report.machine_slug(options.device)
-    run = report.environment(name, argv, options.seed, options.device)
-    for file in report.save(folder, name, run, tables, data, figure):
+    written = write(name, argv, options, tables, data)
+    if draw is not None:
+        try:
+            written = write(name, argv, options, tables, data, draw())
+        except ModuleNotFoundError as error:
+            console.print(f"no plot: {error}")
+    for file in written:
         console.print(f"wrote {file}")
 
 

@@ -13,7 +13,9 @@ import torch
 FLUSHED = 256 << 20
 """Bytes written between two timings on a GPU: more than any second-level cache holds."""
 COPIED = 256 << 20
-"""Bytes of the copy that gives the bandwidth; on a CPU too, several times its last-level cache."""
+"""Bytes of the copy that gives the bandwidth on a CPU, several times its last-level cache."""
+COPIED_ON_GPU = 1 << 30
+"""There launching a copy of fewer would be a part of its time."""
 COPY = "copy"
 
 
@@ -82,11 +84,15 @@ def interleaved(
 
 
 def copying(device: str) -> Callable[[], object]:
-    """A copy of ``COPIED`` bytes, to be timed beside other work: it moves twice as many."""
-    source, target = (torch.ones(COPIED // 4, device=device) for _ in range(2))
+    """A copy, to be timed beside other work: it moves its bytes twice."""
+    source, target = (torch.ones(copied(device) // 4, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
-def copy_bandwidth(spread: Spread) -> float:
+def copied(device: str) -> int:
+    return COPIED_ON_GPU if device == "cuda" else COPIED
+
+
+def copy_bandwidth(spread: Spread, device: str) -> float:
     """Bytes a second, reads and writes."""
-    return 2 * COPIED / spread.median
+    return 2 * copied(device) / spread.median

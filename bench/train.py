@@ -1,13 +1,13 @@
 """``python -m bench train``: a Llama of transformers trained on real text with every optimizer.
 
-The same weights, the same batches; on a CPU, the optimizers take turns. Measured are the loss at every step,
-the time of a step and the optimizer's share of it, and the peak of memory on a GPU.
+The same weights, the same batches; the optimizers take turns, on a GPU ours and torch's, and the peers one by
+one. Measured are the loss at every step, the time of a step and the optimizer's share of it, and the peak of
+memory on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import statistics
 import time
@@ -19,7 +19,15 @@ import torch
 from rich.progress import track
 
 from bench import report, suite
-from bench.optimizers import OPTIMIZERS, Optimizer, compiled_after, runnable, without_compiling
+from bench.optimizers import (
+    OPTIMIZERS,
+    Optimizer,
+    compiled_after,
+    give_back,
+    runnable,
+    told,
+    without_compiling,
+)
 from bench.peers import state_bytes
 from bench.report import Cell, Table, number
 from bench.suite import COLOURS
@@ -29,8 +37,12 @@ from bench.workloads import Llama
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BESIDE = "torch fused"
+"""It takes turns with ours on a GPU, whose memory does not hold all at once."""
 LR, DECAY = 1e-3, 0.01
 SMOOTHED = 5
+WARM_UP = 5
+"""Steps that are not counted: ours tries both ways of paging in the first four."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,10 @@ class Task:
     steps: int
     device: str
     seed: int
+    accumulation: int = 1
+    """Batches whose gradients are added up for a step."""
+    peers_steps: int | None = None
+    """Fewer, where a step takes long."""
 
 
 def task(device: str, quick: bool, seed: int) -> Task:
@@ -49,7 +65,8 @@ def task(device: str, quick: bool, seed: int) -> Task:
         return Task(Llama(128, 2, batch=4, context=64), 20, device, seed)
     if device == "cpu":
         return Task(Llama(768, 12, batch=2, context=64), 10, device, seed)
-    return Task(Llama(2048, 18, batch=4, context=512, dtype=torch.bfloat16), 60, device, seed)
+    llama = Llama(2048, 20, batch=4, context=2048, dtype=torch.bfloat16)
+    return Task(llama, 12, device, seed, accumulation=4, peers_steps=6)
 
 
 @dataclass(frozen=True)
@@ -75,8 +92,8 @@ class Training:
     def __init__(self, task: Task, optimizer: Optimizer) -> None:
         self.task = task
         self.on_gpu = task.device == "cuda"
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        self.held = self.peak = 0
+        before = torch.cuda.memory_allocated() if self.on_gpu else 0
         self.model = task.llama.model(task.device, task.seed)
         self.params = list(self.model.parameters())
         self.optimizer = optimizer.build(self.params, LR, DECAY)
@@ -84,60 +101,77 @@ class Training:
         self.losses: list[float] = []
         self.whole: list[float] = []
         self.own: list[float] = []
+        if self.on_gpu:
+            self.held = torch.cuda.memory_allocated() - before
 
     def step(self) -> None:
-        """Forward, backward, the optimizer; timed."""
+        """One step, and its peak of memory, without what the others hold that take turns with it."""
+        if not self.on_gpu:
+            return self.timed()
+        others = torch.cuda.memory_allocated() - self.held
+        torch.cuda.reset_peak_memory_stats()
+        self.timed()
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+        self.held = torch.cuda.memory_allocated() - others
+
+    def timed(self) -> None:
+        """Forward and backward of each batch, the optimizer."""
         start = _now(self.on_gpu)
-        loss = self.task.llama.loss(self.model, next(self.batches))
-        torch.autograd.backward(loss)
+        losses = []
+        for _ in range(self.task.accumulation):
+            loss = self.task.llama.loss(self.model, next(self.batches)) / self.task.accumulation
+            torch.autograd.backward(loss)
+            losses.append(loss.detach())
         before = _now(self.on_gpu)
         self.optimizer.step()
         self.own.append(_now(self.on_gpu) - before)
         for param in self.params:
             param.grad = None
         self.whole.append(_now(self.on_gpu) - start)
-        self.losses.append(loss.item())
+        self.losses.append(float(sum(losses)))
 
     def run(self) -> Run:
         """What came of it. The first steps allocate and compile: times are of those behind them."""
-        warm = min(3, self.task.steps - 1)
+        warm = min(WARM_UP, len(self.own) // 2)
         return Run(
             self.losses,
             Spread.of(self.whole[warm:]),
             Spread.of(self.own[warm:]),
             self.own[0],
-            torch.cuda.max_memory_allocated() if self.on_gpu else None,
+            self.peak if self.on_gpu else None,
             state_bytes(self.optimizer),
             sum(param.numel() for param in self.params),
         )
 
 
-def in_turns(task: Task, optimizers: Sequence[Optimizer]) -> dict[str, Run]:
+def in_turns(task: Task, optimizers: Sequence[Optimizer], reasons: dict[str, str]) -> dict[str, Run]:
     """All at once, a step of each in a round, in an order drawn anew: whatever disturbs the machine for a
     while disturbs them all. It takes the memory of all models."""
-    trainings = {one.key: Training(task, one) for one in optimizers}
-    order, shuffle = list(trainings), random.Random(task.seed).shuffle
+    trainings: dict[Optimizer, Training] = {}
+    for one in optimizers:
+        with told(one, reasons):
+            trainings[one] = Training(task, one)
+    shuffle = random.Random(task.seed).shuffle
     for _ in track(range(task.steps), "train", console=report.console()):
+        order = [one for one in trainings if one.key not in reasons]
         shuffle(order)
-        for key in order:
-            trainings[key].step()
-    return {key: training.run() for key, training in trainings.items()}
+        for one in order:
+            with told(one, reasons):
+                trainings[one].step()
+    return {one.key: training.run() for one, training in trainings.items() if one.key not in reasons}
 
 
 def one_by_one(task: Task, optimizers: Sequence[Optimizer], reasons: dict[str, str]) -> dict[str, Run]:
     """On a GPU, of which each takes most."""
     runs = {}
-    for one in track(optimizers, "train", console=report.console()):
-        try:
+    for one in track(optimizers, "train, one by one", console=report.console()):
+        with told(one, reasons):
             training = Training(task, one)
-            for _ in range(task.steps):
+            for _ in range(task.peers_steps or task.steps):
                 training.step()
             runs[one.key] = training.run()
-        except torch.OutOfMemoryError:
-            reasons[one.key] = "out of GPU memory"
-        finally:
-            training = None
-            gc.collect()
+        training = None
+        give_back(task.device)
     return runs
 
 
@@ -159,19 +193,21 @@ def spread(seconds: Spread) -> str:
 def about(task: Task, runs: dict[str, Run]) -> str:
     size = next(iter(runs.values())).parameters
     shape = f"{task.llama.width} wide, {task.llama.depth} layers, {size / 1e6:.1f}M parameters"
-    return f"a Llama {shape}, {task.steps} steps of {task.llama.batch} x {task.llama.context} bytes"
+    batches = f"{task.accumulation} x " if task.accumulation > 1 else ""
+    return f"a Llama {shape}, {task.steps} steps of {batches}{task.llama.batch} x {task.llama.context} bytes"
 
 
 def table(task: Task, runs: dict[str, Run], reasons: dict[str, str]) -> Table:
     columns = ["optimizer", "last loss", "s a step", "of it optimizer, s", "first step", "state B/param"]
     columns += ["peak GPU"] if task.device == "cuda" else []
     rows: list[list[Cell | str]] = []
+    common = min(len(run.losses) for run in runs.values())
     for one in OPTIMIZERS:
         run = runs.get(one.key)
         if run is None:
             rows.append([one.key, "cannot run", *[""] * (len(columns) - 2)])
             continue
-        cells = [f"{smoothed(run.losses)[-1]:.4f}", spread(run.whole)]
+        cells = [f"{smoothed(run.losses[:common])[-1]:.4f}", spread(run.whole)]
         cells += [
             spread(run.optimizer),
             f"{number(run.first)} s",
@@ -180,8 +216,8 @@ def table(task: Task, runs: dict[str, Run], reasons: dict[str, str]) -> Table:
         cells += [f"{run.peak / 2**30:.2f} GiB"] if run.peak is not None else []
         rows.append([suite.name_cell(one.key), *cells])
     notes = [
-        f"last loss: nats a byte, mean of the last {SMOOTHED} steps; times: medians ± half the distance "
-        "between the quartiles, one training after the other; torchao uncompiled",
+        f"last loss: nats a byte, mean of the last {SMOOTHED} of {common} steps; times: medians ± half the "
+        "distance between the quartiles; torchao uncompiled",
         *suite.reason_notes(reasons),
     ]
     return Table(f"Training {about(task, runs)}", columns, rows, notes)
@@ -204,7 +240,9 @@ def figure(task: Task, runs: dict[str, Run]) -> Figure:
         curves.plot(range(1, len(curve) + 1), curve, label=key, **style)
         if base:
             distances.plot(
-                range(1, len(curve) + 1), [a - b for a, b in zip(curve, base, strict=True)], **style
+                range(1, min(len(curve), len(base)) + 1),
+                [a - b for a, b in zip(curve, base, strict=False)],
+                **style,
             )
     curves.set_ylabel("loss, nats a byte")
     curves.legend(frameon=False, fontsize=8, ncols=2)
@@ -236,13 +274,18 @@ def main(argv: Sequence[str]) -> int:
     given = task(options.device, options.quick, options.seed)
     found, reasons = runnable(OPTIMIZERS, options.device, given.llama.dtype)
     trained = [without_compiling(one) for one in found]
+    ours = [one for one in trained if options.device == "cpu" or one.ours or one.key == BESIDE]
+    peers = [one for one in trained if one not in ours]
+
+    def data(runs: dict[str, Run]) -> dict[str, Any]:
+        told = {key: asdict(run) for key, run in runs.items()}
+        return {"task": about(given, runs), "cannot_run": reasons, "optimizers": told}
+
     with contextlib.nullcontext() if options.quick else compiled_after(0):
-        on_cpu = options.device == "cpu"
-        runs = in_turns(given, trained) if on_cpu else one_by_one(given, trained, reasons)
-    data: dict[str, Any] = {
-        "task": about(given, runs),
-        "cannot_run": reasons,
-        "optimizers": {key: asdict(run) for key, run in runs.items()},
-    }
-    suite.finish("train", argv, options, [table(given, runs, reasons)], data, figure(given, runs))
+        runs = in_turns(given, ours, reasons)
+        give_back(options.device)
+        suite.write("train", argv, options, [table(given, runs, reasons)], data(runs))
+        runs |= one_by_one(given, peers, reasons)
+    shown = [table(given, runs, reasons)]
+    suite.finish("train", argv, options, shown, data(runs), lambda: figure(given, runs))
     return 0

@@ -65,7 +65,8 @@ class Llama:
             num_hidden_layers=self.depth, num_attention_heads=max(1, self.width // 64),
             max_position_embeddings=self.context, use_cache=False,
         )  # fmt: skip
-        made: nn.Module = LlamaForCausalLM(config).to(device, self.dtype)
+        with torch.device(device):  # a CPU draws a billion weights in ten seconds
+            made: nn.Module = LlamaForCausalLM(config).to(self.dtype)
         return made
 
     def batches(self, device: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from adamw_triton_kernels import reference
-from bench import convergence, memory, paged, readme, roofline, step, timing, train, workloads
-from bench.optimizers import OPTIMIZERS, Optimizer, runnable
+from bench import convergence, memory, optimizers, paged, readme, roofline, step, timing, train, workloads
+from bench.optimizers import OPTIMIZERS, Optimizer, hand_over, runnable, told
 from bench.peers import FORMATS, Codec, Format, FormulaAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,48 @@ def test_a_peer_that_cannot_run_says_why_and_ours_has_to_run() -> None:
     assert reasons == {"a": "OSError: no such library", "b": "its step leaves the parameter as it was"}
     with pytest.raises(OSError, match="no such library"):
         runnable([Optimizer("ours", refuse, "adamw-triton", 8)], "cpu")
+
+
+def test_what_goes_wrong_with_a_peer_is_told_and_with_ours_is_an_error() -> None:
+    ours, peer = BY_KEY["adamw_triton 32bit"], BY_KEY["torch fused"]
+    reasons: dict[str, str] = {}
+    with told(peer, reasons):
+        raise ValueError("it broke\nin many ways")
+    with told(ours, reasons):
+        raise torch.OutOfMemoryError("too much")
+    assert reasons == {peer.key: "ValueError: it broke", ours.key: "out of memory: too much"}
+    with pytest.raises(ValueError, match="it broke"), told(ours, reasons):
+        raise ValueError("it broke")
+
+
+def test_gradients_are_handed_over_to_hooks() -> None:
+    """As torchao's CPU offload needs them, which sees nothing of gradients that are merely there."""
+    params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    seen: list[torch.Tensor] = []
+    params[0].register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.clone()))
+    params[0].grad = torch.full((3,), 2.0)
+    for count in (1, 2):
+        hand_over(params)
+        assert len(seen) == count
+        assert seen[-1].equal(torch.full((3,), 2.0))
+        assert params[0].grad is not None
+        assert params[0].grad.equal(seen[-1])
+    assert params[1].grad is None
+
+
+def test_managed_memory_is_asked_for_only_where_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(optimizers, "_managed", 0)
+    paged_8bit = BY_KEY["bitsandbytes paged 8-bit"]
+    params = [torch.ones(200_000, requires_grad=True), torch.ones(50_000, requires_grad=True)]
+    for free, refused in ((900_000, False), (1_500_000, True), (1_700_000, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 1 << 34))
+        if refused:
+            with pytest.raises(torch.OutOfMemoryError, match="managed memory"):
+                paged_8bit.build(params, 1e-3, 0.0)
+        else:
+            paged_8bit.build(params, 1e-3, 0.0)
+    assert optimizers._managed == 2 * 400_000  # small tensors are not paged, and what was asked for stays
 
 
 def test_every_round_times_every_function_in_an_order_drawn_anew() -> None:

@@ -73,6 +73,7 @@ def test_state_takes_no_more_of_the_gpu_than_its_staging(variant: str) -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.alone
 def test_pages_come_in_while_others_are_updated_and_go_out() -> None:
     """In the profiler's timeline each of the three runs beside the two others for part of its time."""
     param = Parameter(torch.zeros(100_000_000, dtype=torch.bfloat16, device="cuda"))

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 MiB, GiB = 1 << 20, 1 << 30
 NUMEL = 500_000_000  # 1 GB of weights and of gradients each in bf16, 4 GB of 32-bit state
@@ -57,10 +57,16 @@ def test_what_is_chosen_really_trains(state: int, expected: str) -> None:
     slack = int(0.02 * torch.cuda.mem_get_info()[1])
     taken = balloon(NUMEL * 2 + activations + slack + state)
     torch.cuda.reset_peak_memory_stats()
+    failed = torch.cuda.memory_stats().get("num_ooms", 0)
     optimizer = AdamW(training.params)
-    for _ in range(4):
+    taken_by_state = 0
+    for step in range(4):
         training.forward(activations)
+        before = torch.cuda.memory_allocated()
         optimizer.step()
+        taken_by_state += torch.cuda.memory_allocated() - before
+        moved = [float(param.detach()[-1]) for param in training.params]
+        assert all(weight < 0 for weight in moved), (step, moved)  # against gradients of 1, from 0
         optimizer.zero_grad()
     torch.cuda.synchronize()
     assert optimizer.plan is not None
@@ -69,7 +75,8 @@ def test_what_is_chosen_really_trains(state: int, expected: str) -> None:
     memory = optimizer.memory()
     predicted = optimizer.plan.chosen.gpu_bytes
     assert memory["gpu"] + memory["staging"] == pytest.approx(predicted, rel=0.01)
-    assert torch.cuda.memory_stats()["num_ooms"] == 0
+    assert taken_by_state == pytest.approx(predicted, rel=0.01)
+    assert torch.cuda.memory_stats().get("num_ooms", 0) == failed
     del taken
 
 

@@ -135,6 +135,7 @@ def test_without_a_gpu_one_has_to_be_named() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_the_gpu_that_is_here_is_measured() -> None:
     model = nn.Linear(1000, 1000, device="cuda")
     plan = adamw_triton.plan(model, activations=0)

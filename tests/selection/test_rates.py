@@ -41,6 +41,7 @@ def test_the_hosts_own_copies_can_be_measured() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_gpus_memory_is_faster_than_its_link() -> None:
     found = rates.measured(CUDA)
     assert found.bandwidth > 2 * found.link > 0
