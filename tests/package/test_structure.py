@@ -42,7 +42,7 @@ KERNEL_ROOMS = [
     {"rounding"},
     {"__init__"},
     {"reference"},
-    {"fusion"},
+    {"fusion", "runs"},
     {"work"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.

@@ -1,0 +1,101 @@
+"""How the plain-torch update walks a call's tensors: large ones piece by piece, small ones many at a time.
+
+What torch does with a tensor costs some microseconds however small it is. So small tensors whose state
+lies side by side are copied into one scratch tensor, updated together and copied back: a run of elements,
+as a piece of a large tensor is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamw_triton_kernels.work import Layout
+
+
+class Span(NamedTuple):
+    """The part of a run that is of one tensor."""
+
+    numel: int
+    first: int
+    """Index in the whole parameter of its first element."""
+
+
+class Run(NamedTuple):
+    """Elements that are updated together."""
+
+    param: Tensor
+    """Flat. The parameter's memory, or a copy of several which is written back when the next run is asked for."""
+    grad: Tensor
+    row: int
+    """Which of the call's ``Hyper`` they take."""
+    at: slice
+    """Of the state arrays."""
+    spans: list[Span]
+
+
+def runs(
+    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, longest: int, gathered: int
+) -> Iterator[Run]:
+    """Every element of a call once, in runs of at most ``longest`` elements of one tensor, or ``gathered`` of
+    several. Parameters share a dtype, and so do gradients; all are taken as they lie in memory, which is dense.
+    """
+    scratch: list[Tensor] = []
+    for begin, end in _neighbours(layout, gathered):
+        some_params, some_grads = list(map(_flat, params[begin:end])), list(map(_flat, grads[begin:end]))
+        spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
+        start, row = layout.offsets[begin], layout.rows[begin]
+        if len(spans) == 1:
+            yield from _pieces(some_params[0], some_grads[0], row, start, spans[0], longest)
+        else:
+            scratch = scratch or [some_params[0].new_empty(gathered), some_grads[0].new_empty(gathered)]
+            yield from _together(some_params, some_grads, row, start, spans, *scratch)
+
+
+def _pieces(p: Tensor, g: Tensor, row: int, start: int, whole: Span, longest: int) -> Iterator[Run]:
+    if whole.numel <= longest:
+        yield Run(p, g, row, slice(start, start + whole.numel), [whole])
+        return
+    for begin in range(0, whole.numel, longest):
+        end = min(begin + longest, whole.numel)
+        span = Span(end - begin, whole.first + begin)
+        yield Run(p[begin:end], g[begin:end], row, slice(start + begin, start + end), [span])
+
+
+def _together(
+    params: list[Tensor],
+    grads: list[Tensor],
+    row: int,
+    start: int,
+    spans: list[Span],
+    param_scratch: Tensor,
+    grad_scratch: Tensor,
+) -> Iterator[Run]:
+    sizes = [span.numel for span in spans]
+    numel = sum(sizes)
+    p, g = param_scratch[:numel], grad_scratch[:numel]
+    torch._foreach_copy_(p.split(sizes), params)
+    torch._foreach_copy_(g.split(sizes), grads)
+    yield Run(p, g, row, slice(start, start + numel), spans)
+    torch._foreach_copy_(params, p.split(sizes))
+
+
+def _neighbours(layout: Layout, gathered: int) -> Iterator[tuple[int, int]]:
+    """The tensors, cut into ranges: as many with ``gathered`` elements together as take one row and have
+    their state side by side, without a gap; else of one tensor."""
+    begin, end = 0, 0
+    for index, (numel, offset, row) in enumerate(zip(layout.numels, layout.offsets, layout.rows, strict=True)):
+        joins = offset == end and row == layout.rows[begin] and offset + numel - layout.offsets[begin] <= gathered
+        if index and not joins:
+            yield begin, index
+            begin = index
+        end = offset + numel
+    if layout.numels:
+        yield begin, len(layout.numels)
+
+
+def _flat(dense: Tensor) -> Tensor:
+    return dense.detach().as_strided((dense.numel(),), (1,))
