@@ -137,7 +137,8 @@ def refusal(optimizer: Optimizer, device: str, dtype: torch.dtype) -> str | None
     param = torch.ones(PROBE, device=device, dtype=dtype).requires_grad_()
     param.grad = torch.ones_like(param)
     try:
-        with torch.compiler.set_stance("force_eager"):  # compilers take seconds, and that is no answer
+        # Compilers take seconds, and that is no answer.
+        with torch.compiler.set_stance("force_eager"), compiled_after(NEVER):
             optimizer.build([param], 0.1, 0.0).step()
     except Exception as error:  # a peer may fail in any way
         if optimizer.ours:

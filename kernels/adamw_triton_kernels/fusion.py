@@ -50,21 +50,21 @@ def in_one_pass() -> bool:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of tensors, which may write into them; its work is the size of the first."""
-    graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by dtypes
-    known: dict[Any, _Graph] = {}  # by dtypes and shapes
+    """``function`` of contiguous tensors, which may write into them; its work is the size of the first."""
+    graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by dtypes and dimensions
+    fitting: dict[Any, _Graph] = {}  # by shapes too
 
     def graph_for(tensors: Sequence[Tensor]) -> _Graph:
-        dtypes = (torch.get_num_threads(), *[tensor.dtype for tensor in tensors])
-        key = (dtypes, *[(tensor.shape, tensor.stride()) for tensor in tensors])
-        if key not in known:
-            fitting = [graph for graph in graphs[dtypes] if graph.fits(tensors)]
-            if not fitting:
+        kind = (torch.get_num_threads(), *[(tensor.dtype, tensor.ndim) for tensor in tensors])
+        key = (kind, *[tensor.shape for tensor in tensors])
+        if key not in fitting:
+            found = next((graph for graph in graphs[kind] if graph.fits(tensors)), None)
+            if found is None:
                 _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
-                fitting = [_Graph(function, tensors)]
-                graphs[dtypes] += fitting
-            known[key] = fitting[0]
-        return known[key]
+                found = _Graph(function, tensors)
+                graphs[kind].append(found)
+            fitting[key] = found
+        return fitting[key]
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Any:
@@ -79,7 +79,9 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # whatever a compiler throws, before anything has been written
             _Work.refused = True
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            _log.warning("torch's compiler failed: AdamW on CPU tensors runs several times slower. %s", reason)
+            _log.warning(
+                "torch's compiler failed, AdamW on CPU tensors runs several times slower: %s", reason
+            )
             return function(*tensors)
 
     return run

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adamw_triton_kernels import fusion
 from adamw_triton_kernels.fusion import fused
-from adamw_triton_kernels.runs import runs
+from adamw_triton_kernels.runs import Span, runs
 from adamw_triton_kernels.work import Hyper, Layout
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
@@ -40,7 +40,7 @@ LARGEST_ROOT = 1.6e19  # the square of 1.125 times this is still finite
 TINY_SCALE = 1e-18  # below, a block's v counts as zero: fp32's own v = scale**2 ends near 1e-38
 TINY_RATIO = 1e-12  # below, a block's m counts as zero
 COARSE = 3  # codes up to this are rounded up
-DITHER_ELEMENT = 0xC13FA9A9
+DITHER_ELEMENT = 0xC13FA9A9 - 2**32  # the same modulo 2**32, and no product overflows
 
 
 def adamw_32bit(
@@ -110,7 +110,7 @@ def _update_8bit(
 
 def _numbers(hyper: Hyper) -> Tensor:
     """All but the phase, fp32."""
-    return torch.tensor(hyper[:7], dtype=torch.float32)
+    return torch.tensor(hyper[:7], dtype=torch.float32, device="cpu")
 
 
 def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
@@ -150,7 +150,7 @@ def encode_8bit(
     ``first``: index in its parameter of the first element; with ``phase`` it picks the dither.
     """
     root_v = _sqrt(_blocks(v, block))
-    _encode(_blocks(m, block), root_v, _peaks(root_v), state, [(m.numel(), first)], phase)
+    _encode(_blocks(m, block), root_v, _peaks(root_v), state, [Span(m.numel(), first)], phase)
 
 
 def _rows(state: Mapping[str, Tensor], block: int) -> list[Tensor]:
@@ -186,18 +186,18 @@ def _encode(
     root_v: Tensor,
     peaks: Tensor,
     state: Mapping[str, Tensor],
-    spans: Sequence[tuple[int, int]],
+    spans: Sequence[Span],
     phase: int,
 ) -> None:
-    """Store m and sqrt(v) [blocks, block], given the largest sqrt(v) of each block; ``spans``: (elements,
-    index in its parameter of the first) of each tensor in them."""
+    """Store m and sqrt(v) [blocks, block], given the largest sqrt(v) of each block; a span begins with a
+    block."""
     block = m.shape[1]
     r, q = (_blocks(state[name], block) for name in ("exp_avg_codes", "exp_avg_sq_codes"))
     scale = _sticky_scale(state["exp_avg_sq_scales"].float(), peaks)
     per_unit = torch.where(scale > 0, 65025 / scale.clamp(min=TINY_SCALE), 0.0)[:, None]
-    firsts = torch.cat([torch.arange(i, i + n, block, device=m.device) for n, i in spans])[:, None]
-    starts, weyl = _weyl(firsts, phase), _weyl(torch.arange(block, device=m.device))
-    ratio, peaks = _encode_v(m, root_v, per_unit, starts, weyl, q)
+    firsts = [torch.arange(first, first + n, block, device=m.device) for n, first in spans]
+    starts, steps = _weyl(torch.cat(firsts)[:, None], phase), _weyl(torch.arange(block, device=m.device))
+    ratio, peaks = _encode_v(m, root_v, per_unit, starts, steps, q)
     state["exp_avg_sq_scales"].copy_(scale)
     _put(state["exp_avg_sq_codes"], q)
 
@@ -210,10 +210,11 @@ def _encode(
 
 @fused
 def _encode_v(
-    m: Tensor, root_v: Tensor, per_unit: Tensor, starts: Tensor, weyl: Tensor, q: Tensor
+    m: Tensor, root_v: Tensor, per_unit: Tensor, starts: Tensor, steps: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks."""
-    codes = _encoded_root_v(root_v, per_unit, _dither(starts + weyl))
+    """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks. The dither of
+    an element is its block's start and its own step."""
+    codes = _encoded_root_v(root_v, per_unit, _unsigned(starts + steps))
     q.copy_(_finite(codes))
     inv = codes.reciprocal()
     ratio = (m * inv).mul_(inv)
@@ -263,20 +264,19 @@ def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     return torch.maximum(low + up, (low + 1).clamp_(max=COARSE))
 
 
-def _dither(bits: Tensor) -> Tensor:
-    """``bits`` as unsigned numbers, fp32. By halves, since torch has no arithmetic of unsigned integers."""
-    high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
-    return high.float().mul_(65536.0).add_(low)
-
-
 def _weyl(index: Tensor, phase: int = 0) -> Tensor:
     """(index*0xC13FA9A9 + phase) mod 2**32, as int32 bits: a Weyl sequence, evenly spread over steps and
-    elements. The sequence of a sum of indices is the sum of theirs."""
-    return (index * DITHER_ELEMENT + phase).to(torch.int32)
+    elements. Of a sum of indices it is the sum."""
+    return (index % 2**32 * DITHER_ELEMENT + phase).to(torch.int32)
+
+
+def _unsigned(bits: Tensor) -> Tensor:
+    """What int32 bits are without a sign, fp32. By halves, since torch has no arithmetic of such numbers."""
+    high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
+    return high.float().mul_(65536.0).add_(low)
 
 
 def _up_to_bf16(x: Tensor) -> Tensor:
     """The smallest bf16 value >= x, as fp32; x finite and >= 0."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFFF) & -0x10000).view(torch.float32)
-

@@ -28,7 +28,8 @@ class Run(NamedTuple):
     """Elements that are updated together."""
 
     param: Tensor
-    """Flat. The parameter's memory, or a copy of several which is written back when the next run is asked for."""
+    """Flat. The parameter's memory, or of several a copy, which is written back when the next run is asked
+    for."""
     grad: Tensor
     row: int
     """Which of the call's ``Hyper`` they take."""
@@ -40,22 +41,25 @@ class Run(NamedTuple):
 def runs(
     params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, longest: int, gathered: int
 ) -> Iterator[Run]:
-    """Every element of a call once, in runs of at most ``longest`` elements of one tensor, or ``gathered`` of
-    several. Parameters share a dtype, and so do gradients; all are taken as they lie in memory, which is dense.
+    """Every element of a call once, in runs of at most ``longest`` elements of one tensor, or at most
+    ``gathered`` of several.
+
+    Parameters share a dtype, and so do gradients. All are taken as they lie in memory, which is dense.
     """
     scratch: list[Tensor] = []
     for begin, end in _neighbours(layout, gathered):
-        some_params, some_grads = list(map(_flat, params[begin:end])), list(map(_flat, grads[begin:end]))
+        ps, gs = list(map(_flat, params[begin:end])), list(map(_flat, grads[begin:end]))
         spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
         start, row = layout.offsets[begin], layout.rows[begin]
         if len(spans) == 1:
-            yield from _pieces(some_params[0], some_grads[0], row, start, spans[0], longest)
+            yield from _pieces(ps[0], gs[0], row, start, spans[0], longest)
         else:
-            scratch = scratch or [some_params[0].new_empty(gathered), some_grads[0].new_empty(gathered)]
-            yield from _together(some_params, some_grads, row, start, spans, *scratch)
+            scratch = scratch or [ps[0].new_empty(gathered), gs[0].new_empty(gathered)]
+            yield from _together(ps, gs, row, start, spans, scratch)
 
 
 def _pieces(p: Tensor, g: Tensor, row: int, start: int, whole: Span, longest: int) -> Iterator[Run]:
+    """Of one tensor; ``start``: of its state."""
     if whole.numel <= longest:
         yield Run(p, g, row, slice(start, start + whole.numel), [whole])
         return
@@ -66,33 +70,28 @@ def _pieces(p: Tensor, g: Tensor, row: int, start: int, whole: Span, longest: in
 
 
 def _together(
-    params: list[Tensor],
-    grads: list[Tensor],
-    row: int,
-    start: int,
-    spans: list[Span],
-    param_scratch: Tensor,
-    grad_scratch: Tensor,
+    ps: list[Tensor], gs: list[Tensor], row: int, start: int, spans: list[Span], scratch: list[Tensor]
 ) -> Iterator[Run]:
+    """Several tensors at once, in ``scratch``: one for parameters, one for gradients."""
     sizes = [span.numel for span in spans]
-    numel = sum(sizes)
-    p, g = param_scratch[:numel], grad_scratch[:numel]
-    torch._foreach_copy_(p.split(sizes), params)
-    torch._foreach_copy_(g.split(sizes), grads)
-    yield Run(p, g, row, slice(start, start + numel), spans)
-    torch._foreach_copy_(params, p.split(sizes))
+    p, g = (tensor[: sum(sizes)] for tensor in scratch)
+    torch._foreach_copy_(p.split_with_sizes(sizes), ps)
+    torch._foreach_copy_(g.split_with_sizes(sizes), gs)
+    yield Run(p, g, row, slice(start, start + sum(sizes)), spans)
+    torch._foreach_copy_(ps, p.split_with_sizes(sizes))
 
 
 def _neighbours(layout: Layout, gathered: int) -> Iterator[tuple[int, int]]:
-    """The tensors, cut into ranges: as many with ``gathered`` elements together as take one row and have
-    their state side by side, without a gap; else of one tensor."""
-    begin, end = 0, 0
-    for index, (numel, offset, row) in enumerate(zip(layout.numels, layout.offsets, layout.rows, strict=True)):
-        joins = offset == end and row == layout.rows[begin] and offset + numel - layout.offsets[begin] <= gathered
-        if index and not joins:
+    """The tensors cut into ranges. Several share one if they take the same row of hyperparameters, their
+    state lies side by side without a gap, and they have ``gathered`` elements at most."""
+    begin, stop = 0, 0
+    places = zip(layout.numels, layout.offsets, layout.rows, strict=True)
+    for index, (numel, offset, row) in enumerate(places):
+        beside = offset == stop and row == layout.rows[begin]
+        stop = offset + numel
+        if index and not (beside and stop - layout.offsets[begin] <= gathered):
             yield begin, index
             begin = index
-        end = offset + numel
     if layout.numels:
         yield begin, len(layout.numels)
 
