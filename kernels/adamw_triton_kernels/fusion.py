@@ -91,6 +91,7 @@ class _Graph:
     """A function, compiled for tensors of certain dtypes and of many shapes."""
 
     def __init__(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+        import torch._dynamo
         import torch._inductor  # the compiler, which takes a second to import
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -104,6 +105,8 @@ class _Graph:
             _thread.tracing = False
         self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         self._call = torch._inductor.compile(graph, self._inputs)
+        if not self.fits(tensors):
+            raise RuntimeError(f"no code for shapes {[tuple(tensor.shape) for tensor in tensors]}")
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all that was taken for granted of the shapes holds of these."""

@@ -33,7 +33,7 @@ from adamw_triton_kernels.work import Hyper, Layout
 CHUNK = 1 << 18
 FUSED_CHUNK = 1 << 20  # of 8-bit state, compiled: two temporaries, and a call costs more
 WHOLE = 1 << 62  # of 32-bit state, compiled: no temporaries
-GATHERED = 1 << 15  # of several small tensors with 32-bit state
+GATHERED = 1 << 17  # of several small tensors with 32-bit state
 
 LARGEST = 3.0e38
 LARGEST_ROOT = 1.6e19  # the square of 1.125 times this is still finite
