@@ -135,6 +135,20 @@ def test_a_graph_serves_the_dtypes_shapes_and_threads_that_it_fits(
     assert [graph.calls for graph in made] == [3, 1, 1, 1]
 
 
+def test_code_is_made_for_long_tensors_whichever_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a short one the compiler makes a loop for one thread, and long ones would get it too."""
+    lengths = []
+
+    def compile(graph: object, examples: Sequence[Any]) -> Callable[..., Tensor]:
+        lengths.append([example.shape[0].node.hint for example in examples])
+        return lambda x, numbers: x * numbers[0]
+
+    monkeypatch.setattr("torch._inductor.compile", compile)
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    fusion.fused(lambda x, numbers: x * numbers[0])(torch.ones(50), torch.ones(7))
+    assert lengths == [[fusion.LARGE + 1, 7]]
+
+
 @pytest.mark.slow
 def test_what_a_graph_takes_for_granted_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the shapes, and whichever came first."""
