@@ -104,7 +104,8 @@ class _Graph:
         finally:
             _thread.tracing = False
         self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        self._call = torch._inductor.compile(graph, self._inputs)
+        with torch._dynamo.utils.get_metrics_context():  # where the cache of torch 2.6 counts its hits
+            self._call = torch._inductor.compile(graph, self._inputs)
         if not self.fits(tensors):
             raise RuntimeError(f"no code for shapes {[tuple(tensor.shape) for tensor in tensors]}")
 
