@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ SMALL = 16
 LARGE = 1 << 20
 """Elements that code is made for, though it takes any number: enough to be worth every thread."""
 
+_DTYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 _log = logging.getLogger("adamw_triton")
 _thread = threading.local()
 
@@ -51,25 +53,26 @@ def in_one_pass() -> bool:
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` of contiguous tensors, which may write into them; its work is the size of the first."""
-    graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by dtypes and dimensions
-    fitting: dict[Any, _Graph] = {}  # by shapes too
+    graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by threads, dtypes and dimensions
+    known: dict[Any, _Graph] = {}  # by threads, dtypes and shapes
 
     def graph_for(tensors: Sequence[Tensor]) -> _Graph:
-        kind = (torch.get_num_threads(), *[(tensor.dtype, tensor.ndim) for tensor in tensors])
-        key = (kind, *[tensor.shape for tensor in tensors])
-        if key not in fitting:
-            found = next((graph for graph in graphs[kind] if graph.fits(tensors)), None)
+        threads = torch.get_num_threads()
+        key = (threads, *map(_DTYPE_AND_SHAPE, tensors))
+        if key not in known:
+            alike = graphs[threads, *[(tensor.dtype, tensor.ndim) for tensor in tensors]]
+            found = next((graph for graph in alike if graph.fits(tensors)), None)
             if found is None:
                 _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
                 found = _Graph(function, tensors)
-                graphs[kind].append(found)
-            fitting[key] = found
-        return fitting[key]
+                alike.append(found)
+            known[key] = found
+        return known[key]
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Any:
         first = tensors[0]
-        if first.device.type != "cpu" or torch.compiler.is_compiling():
+        if not first.is_cpu or torch.compiler.is_compiling():
             return function(*tensors)
         if not compiles() or first.shape[0] < SMALL:
             _Work.done += first.numel()

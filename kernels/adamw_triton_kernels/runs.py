@@ -48,12 +48,13 @@ def runs(
     """
     scratch: list[Tensor] = []
     for begin, end in _neighbours(layout, gathered):
-        ps, gs = list(map(_flat, params[begin:end])), list(map(_flat, grads[begin:end]))
-        spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
         start, row = layout.offsets[begin], layout.rows[begin]
-        if len(spans) == 1:
-            yield from _pieces(ps[0], gs[0], row, start, spans[0], longest)
+        if end == begin + 1:
+            whole = Span(layout.numels[begin], layout.firsts[begin])
+            yield from _pieces(_flat(params[begin]), _flat(grads[begin]), row, start, whole, longest)
         else:
+            ps, gs = list(map(_flat, params[begin:end])), list(map(_flat, grads[begin:end]))
+            spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
             scratch = scratch or [ps[0].new_empty(gathered), gs[0].new_empty(gathered)]
             yield from _together(ps, gs, row, start, spans, scratch)
 
