@@ -60,7 +60,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         threads = torch.get_num_threads()
         key = (threads, *map(_DTYPE_AND_SHAPE, tensors))
         if key not in known:
-            alike = graphs[threads, *[(tensor.dtype, tensor.ndim) for tensor in tensors]]
+            alike = graphs[(threads, *[(tensor.dtype, tensor.ndim) for tensor in tensors])]
             found = next((graph for graph in alike if graph.fits(tensors)), None)
             if found is None:
                 _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
