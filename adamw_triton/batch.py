@@ -139,7 +139,7 @@ class Batch:
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
-    ones = torch.zeros(len(steps))
+    ones = torch.zeros(len(steps), device="cpu")
     ones[slots] = 1
     return ones.to(steps.device)
 

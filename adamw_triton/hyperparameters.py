@@ -84,7 +84,7 @@ class OnHost:
     def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
         self._groups = groups
         self._steps = steps
-        self._slots = torch.tensor(slots)
+        self._slots = torch.tensor(slots, device="cpu")
         self._shared: _Shared | None = None
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
@@ -104,7 +104,7 @@ class OnHost:
         return _Shared(
             rows=tuple(row_of[key] for key in keys),
             firsts=tuple(leader_of.values()),
-            leaders=torch.tensor([leader_of[key] for key in keys]),
+            leaders=torch.tensor([leader_of[key] for key in keys], device="cpu"),
         )
 
 

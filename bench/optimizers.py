@@ -188,7 +188,8 @@ def refusal(optimizer: Optimizer, device: str, dtype: torch.dtype) -> str | None
         return f"it needs {optimizer.needs}"
     param = torch.ones(PROBE, device=device, dtype=dtype).requires_grad_()
     try:
-        with torch.compiler.set_stance("force_eager"):  # compilers take seconds, and that is no answer
+        # Compilers take seconds, and that is no answer.
+        with torch.compiler.set_stance("force_eager"), compiled_after(NEVER):
             made = optimizer.build([param], 0.1, 0.0)
             torch.autograd.backward(param.sum())  # some take the gradient while it is made
             made.step()

@@ -1,13 +1,13 @@
 """``python -m bench paged``: what it costs that state is not on the GPU.
 
 The same step resident and paged, the pages by copy engines and read in place (zero-copy), beside the peers'
-ways. Their yardstick is the link, measured here: host to device, device to host, both at once. On a CPU there
-is no link: the page walk runs all the same, to the same bits, and a copy in memory stands for it.
+ways. Their yardstick is the link, measured as ``adamw-triton doctor`` does: host to device, device to host,
+both at once. On a CPU there is no link: the page walk runs all the same, to the same bits, and copies in
+memory stand for it, of which zero-copy needs none.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adamw_triton.memory.pinned import host_bytes
+from adamw_triton.paging.device import device_for
+from adamw_triton.paging.link import Link
+from adamw_triton.paging.link import measure as measure_copies
 from bench import suite, workloads
 from bench.optimizers import BETAS, EPS, OPTIMIZERS, Offloaded, Optimizer, compiled_after, runnable, told
 from bench.peers import Stepper, state_bytes
@@ -55,46 +59,12 @@ def rows(device: str) -> list[Optimizer]:
     return found
 
 
-@dataclass(frozen=True)
-class Link:
-    """Bytes a second, each way."""
-
-    inward: float
-    outward: float
-    both: float
-    """Each way, with both at work."""
-
-
 def measure_link(device: str) -> Link:
-    """Copies of 256 MiB from and to pinned memory; on a CPU, within memory."""
-    pin = device == "cuda"
-    host = [torch.ones(COPIED // 4, pin_memory=pin) for _ in range(2)]
-    there = [torch.ones(COPIED // 4, device=device) for _ in range(2)]
-    if not pin:
-        seconds = _median(lambda: there[0].copy_(host[0]))
-        return Link(COPIED / seconds, COPIED / seconds, COPIED / seconds)
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-
-    def copies(inward: bool, outward: bool) -> None:
-        if inward:
-            with torch.cuda.stream(streams[0]):
-                there[0].copy_(host[0], non_blocking=True)
-        if outward:
-            with torch.cuda.stream(streams[1]):
-                host[1].copy_(there[1], non_blocking=True)
-        torch.cuda.synchronize()
-
-    ways = [(True, False), (False, True), (True, True)]
-    return Link(*(COPIED / _median(lambda way=way: copies(*way)) for way in ways))
-
-
-def _median(function: Callable[[], object], rounds: int = 7) -> float:
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[rounds // 2]
+    """Between buffers of 256 MiB, pinned on the host; on a CPU, copies within memory, one after the other."""
+    there = torch.device(device)
+    hosts = [host_bytes(COPIED, there).fill_(1) for _ in range(2)]
+    gpus = [torch.ones(COPIED, dtype=torch.uint8, device=there) for _ in range(2)]
+    return measure_copies(device_for(there), hosts, gpus)
 
 
 @dataclass(frozen=True)
@@ -163,10 +133,9 @@ def table(
         cells.append(f"{spread.median / resident:.2f}")
         cells += [f"{rate / 1e9:.2f}", f"{rate / link.both:.0%}"] if one.paged else ["", ""]
         lines.append([suite.name_cell(one.key), *cells])
-    kind = "the link" if device == "cuda" else "no link here: a copy in memory"
-    rates = (
-        f"in {link.inward / 1e9:.1f}, out {link.outward / 1e9:.1f}, each way with both {link.both / 1e9:.1f}"
-    )
+    kind = "the link" if device == "cuda" else "no link here, its column compares with copies in memory"
+    both = "each way with both" if device == "cuda" else "each way in turn"
+    rates = f"in {link.to_gpu / 1e9:.1f}, out {link.to_host / 1e9:.1f}, {both} {link.both / 1e9:.1f}"
     return Table(
         f"Paged state, {about}",
         ["optimizer", "ms a step", "of resident", "GB/s each way", "of the link"],
@@ -232,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
     data: dict[str, Any] = {
         "elements": elements,
         "dtype": str(dtype),
-        "link": vars(link),
+        "link": link._asdict(),
         "cannot_run": reasons,
         "optimizers": {key: record(got, link) for key, got in measured.items()},
     }

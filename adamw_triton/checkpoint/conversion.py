@@ -90,7 +90,7 @@ def _converted(state_dict: Mapping[str, Any], form: Form, scratch: Scratch, trac
         if old[key]:
             saved = read(old[key], names[key])
             check_values(saved, names[key])
-            step = torch.tensor(saved.step, dtype=torch.float32)
+            step = torch.tensor(saved.step, dtype=torch.float32, device="cpu")
             state[key] = {"step": step, **_tensors(saved, form, scratch)}
     return {"state": state, "param_groups": [form.group(group) for group in groups], **form.extra}
 

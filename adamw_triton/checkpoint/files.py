@@ -97,7 +97,7 @@ class Scratch:
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         nbytes = shape.numel() * dtype.itemsize
         if nbytes < _LARGE:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         file, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
         try:
             try:

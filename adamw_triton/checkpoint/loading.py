@@ -81,7 +81,7 @@ class Reader:
         saved = read(entry, name, as_real(param).shape)
         check_values(saved, name)
         parts = {key: self._apart(part, param) for key, part in saved.parts.items()}
-        return {"step": torch.tensor(saved.step, dtype=torch.float32), **parts}
+        return {"step": torch.tensor(saved.step, dtype=torch.float32, device="cpu"), **parts}
 
     @functools.cached_property
     def _arrays(self) -> list[Tensor]:

@@ -61,7 +61,7 @@ def host_bytes(size: int, device: torch.device) -> Tensor:
     """``size`` zeroed bytes on the host: pinned if ``device`` is a GPU, by torch's allocator if the driver
     refuses to register ours, and plain if that fails too (copies are slow then; it is logged)."""
     if size == 0 or device.type != "cuda":
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
     torch.cuda.mem_get_info(device)  # a driver's call needs a context, which this makes
     try:
         registrar = CudaRegistrar()
@@ -124,14 +124,14 @@ def _release(
 
 def _by_torch(size: int, reason: str) -> Tensor:
     try:
-        pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
         _warn_once(
             f"{format_bytes(size)} of host memory could not be pinned ({reason}; {error}): paging works, at "
             "a fraction of the link's speed. Containers and WSL limit pinned memory: look at `ulimit -l`, "
             "docker's --ulimit memlock, and .wslconfig"
         )
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
     _warn_once(
         f"registering host memory failed ({reason}): torch's pinned allocator is used, which takes up to "
         "twice the memory"

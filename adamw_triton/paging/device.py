@@ -140,7 +140,7 @@ class HostDevice:
         self.inbound = self.outbound = self.compute = HostStream()
 
     def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def finish(self, event: float) -> None:
         pass

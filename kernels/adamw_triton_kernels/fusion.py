@@ -1,26 +1,38 @@
 """One pass over memory instead of many: functions of CPU tensors, compiled once that pays.
 
-torch runs a formula operation by operation, each a pass over its operands. ``torch.compile`` makes one loop
+torch runs a formula operation by operation, each a pass over its operands. Its compiler makes one loop
 of it in C++, several times faster, but takes seconds. So a function runs as it stands until all of them
 together have done about as much work as compiling costs, and compiled from then on. No result tells which:
 the bits are the same (tests/kernels/test_fusion.py).
+
+``torch.compile`` would look at every call anew, for 50 microseconds and more. Here the function is traced
+and its graph compiled, and what the graph takes for granted is checked once for each set of shapes: a call
+costs some 15.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PATIENCE = 1 << 28
 """Elements that are updated before anything is compiled: some seconds of work for 8-bit state."""
-SMALL = 4096
-"""Calls on fewer elements are not compiled: the call itself is what they cost."""
+SMALL = 16
+"""Calls on fewer rows (elements or blocks) are not compiled: to the compiler, 0 and 1 are special."""
+LARGE = 1 << 20
+"""Elements that code is made for, though it takes any number: enough to be worth every thread."""
 
+_DTYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 _log = logging.getLogger("adamw_triton")
+_thread = threading.local()
 
 
 class _Work:
@@ -34,27 +46,83 @@ def compiles() -> bool:
     return _Work.done >= PATIENCE and not _Work.refused
 
 
+def in_one_pass() -> bool:
+    """Whether the code that asks is being compiled."""
+    return getattr(_thread, "tracing", False)
+
+
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of tensors, which may write into them; its work is the size of the first."""
-    compiled: list[Callable[..., Any]] = []  # asking for it imports the compiler
+    """``function`` of contiguous tensors, which may write into them; its work is the size of the first."""
+    graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by threads, dtypes and dimensions
+    known: dict[Any, _Graph] = {}  # by threads, dtypes and shapes
+
+    def graph_for(tensors: Sequence[Tensor]) -> _Graph:
+        threads = torch.get_num_threads()
+        key = (threads, *map(_DTYPE_AND_SHAPE, tensors))
+        if key not in known:
+            alike = graphs[(threads, *[(tensor.dtype, tensor.ndim) for tensor in tensors])]
+            found = next((graph for graph in alike if graph.fits(tensors)), None)
+            if found is None:
+                _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
+                found = _Graph(function, tensors)
+                alike.append(found)
+            known[key] = found
+        return known[key]
 
     @functools.wraps(function)
-    def run(*tensors: torch.Tensor) -> Any:
+    def run(*tensors: Tensor) -> Any:
         first = tensors[0]
-        if first.device.type != "cpu" or torch.compiler.is_compiling():
+        if not first.is_cpu or torch.compiler.is_compiling():
             return function(*tensors)
-        if not compiles() or first.numel() < SMALL:
+        if not compiles() or first.shape[0] < SMALL:
             _Work.done += first.numel()
             return function(*tensors)
         try:
-            if not compiled:
-                _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
-                compiled.append(torch.compile(function, dynamic=True))
-            return compiled[0](*tensors)
+            return graph_for(tensors)(*tensors)
         except Exception as error:  # whatever a compiler throws, before anything has been written
             _Work.refused = True
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            _log.warning("torch.compile failed: AdamW on CPU tensors runs several times slower. %s", reason)
+            _log.warning(
+                "torch's compiler failed, AdamW on CPU tensors runs several times slower: %s", reason
+            )
             return function(*tensors)
 
     return run
+
+
+class _Graph:
+    """A function, compiled for tensors of certain dtypes and of many shapes."""
+
+    def __init__(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+        import torch._dynamo
+        import torch._inductor  # the compiler, which takes a second to import
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        if torch._dynamo.config.disable:
+            raise RuntimeError("TORCH_COMPILE_DISABLE is set")
+        _thread.tracing = True
+        try:
+            traced = make_fx(lambda *each: function(*each), tracing_mode="symbolic")
+            graph = traced(*[_lengthened(tensor, tensors[0]) for tensor in tensors])
+        finally:
+            _thread.tracing = False
+        self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        with torch._dynamo.utils.get_metrics_context():  # where the cache of torch 2.6 counts its hits
+            self._call = torch._inductor.compile(graph, self._inputs)
+        if not self.fits(tensors):
+            raise RuntimeError(f"no code for shapes {[tuple(tensor.shape) for tensor in tensors]}")
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all that was taken for granted of the shapes holds of these."""
+        shapes = self._inputs[0].fake_mode.shape_env
+        return bool(shapes.evaluate_guards_for_args(self._inputs, tensors))
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return self._call(*tensors)
+
+
+def _lengthened(tensor: Tensor, first: Tensor) -> Tensor:
+    """In its stead, one as long as the first would be with ``LARGE`` elements, if it is as long as that."""
+    if tensor.shape[:1] != first.shape[:1] or tensor.ndim != first.ndim:
+        return tensor
+    return tensor.new_empty(LARGE // first[0].numel() + 1, *tensor.shape[1:])

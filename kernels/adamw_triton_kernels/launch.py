@@ -111,11 +111,11 @@ BuildFunction = Callable[..., Build]
 
 def chunk_table(numels: Sequence[int], tile: int, max_chunks: int) -> tuple[torch.Tensor, int]:
     """The table ``chunks`` and the elements of a chunk, a multiple of ``tile``."""
-    tiles = torch.tensor([-(-numel // tile) for numel in numels], dtype=torch.int64)
+    tiles = torch.tensor([-(-numel // tile) for numel in numels], dtype=torch.int64, device="cpu")
     tiles_per_chunk = -(-int(tiles.sum()) // max_chunks) or 1
     counts = -(-tiles // tiles_per_chunk)
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    within = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    within = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
     return torch.stack([tensor, within], dim=1).to(torch.int32), tiles_per_chunk * tile
 
 
@@ -124,7 +124,7 @@ class _Tables:
 
     def __init__(self, layout: Layout, tile: int, device: torch.device) -> None:
         rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, strict=True)
-        self.tensors = send(torch.tensor(list(rows), dtype=torch.int64), device)
+        self.tensors = send(torch.tensor(list(rows), dtype=torch.int64, device="cpu"), device)
         chunks, self.chunk_size = chunk_table(layout.numels, tile, layout.max_chunks)
         self.chunks = send(chunks, device)
         self.addresses = DeviceTable(device)

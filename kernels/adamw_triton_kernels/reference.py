@@ -18,14 +18,14 @@ so the noise of q does not reach it, and the ratio is bounded and close to the u
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from adamw_triton_kernels import fusion
 from adamw_triton_kernels.fusion import fused
+from adamw_triton_kernels.runs import Span, runs
 from adamw_triton_kernels.work import Layout
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
@@ -33,13 +33,14 @@ from adamw_triton_kernels.work import Layout
 CHUNK = 1 << 18
 FUSED_CHUNK = 1 << 20  # of 8-bit state, compiled: two temporaries, and a call costs more
 WHOLE = 1 << 62  # of 32-bit state, compiled: no temporaries
+GATHERED = 1 << 17  # of several small tensors with 32-bit state
 
 LARGEST = 3.0e38
 LARGEST_ROOT = 1.6e19  # the square of 1.125 times this is still finite
 TINY_SCALE = 1e-18  # below, a block's v counts as zero: fp32's own v = scale**2 ends near 1e-38
 TINY_RATIO = 1e-12  # below, a block's m counts as zero
 COARSE = 3  # codes up to this are rounded up
-DITHER_ELEMENT = 0xC13FA9A9
+DITHER_ELEMENT = 0xC13FA9A9 - 2**32  # the same modulo 2**32, and no product overflows
 
 
 def adamw_32bit(
@@ -52,12 +53,13 @@ def adamw_32bit(
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
     chunk = WHOLE if fusion.compiles() else CHUNK
-    for p, g, numbers, at, _first in _chunks(params, grads, layout, hyper, chunk):
+    numbers = hyper[:, :7].unbind()
+    for p, g, row, at, _ in runs(params, grads, layout, chunk, GATHERED):
         m, v = state["exp_avg"][at], state["exp_avg_sq"][at]
         if "max_exp_avg_sq" in state:
-            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], numbers[:7])
+            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], numbers[row])
         else:
-            _update(p, g, m, v, numbers[:7])
+            _update(p, g, m, v, numbers[row])
 
 
 @fused
@@ -84,13 +86,14 @@ def adamw_8bit(
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
     chunk = FUSED_CHUNK if fusion.compiles() else CHUNK
-    for p, g, numbers, at, first in _chunks(params, grads, layout, hyper, chunk):
+    numbers, phases = hyper[:, :7].unbind(), hyper[:, 7].view(torch.int32).tolist()
+    for p, g, row, at, spans in runs(params, grads, layout, chunk, chunk):
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in state.items()}
         weight = _blocks(p, block)
-        m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), numbers[:7])
+        m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), numbers[row])
         _put(p, weight)
-        _encode(m, root_v, peaks, part, first, _phase(numbers))
+        _encode(m, root_v, peaks, part, spans, phases[row])
 
 
 @fused
@@ -103,10 +106,6 @@ def _update_8bit(
     root_v = _sqrt(v)
     p.copy_(_new_weight(p, m, root_v, numbers))
     return m, root_v, _peaks(root_v)
-
-
-def _phase(numbers: Tensor) -> int:
-    return int(numbers[7:].view(torch.int32))
 
 
 def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
@@ -128,8 +127,7 @@ def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, numbers: Tensor) -> Tensor
 
 def _sqrt(x: Tensor) -> Tensor:
     """To nearest, as the kernels' and the compiled one; torch's own on the CPU may be an ulp off."""
-    in_one_pass: bool = torch.compiler.is_compiling()
-    return x.sqrt() if in_one_pass else x.double().sqrt_().float()
+    return x.sqrt() if fusion.in_one_pass() else x.double().sqrt_().float()
 
 
 def decode_8bit(state: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +145,7 @@ def encode_8bit(
     ``first``: index in its parameter of the first element; with ``phase`` it picks the dither.
     """
     root_v = _sqrt(_blocks(v, block))
-    _encode(_blocks(m, block), root_v, _peaks(root_v), state, first, phase)
+    _encode(_blocks(m, block), root_v, _peaks(root_v), state, [Span(m.numel(), first)], phase)
 
 
 def _rows(state: Mapping[str, Tensor], block: int) -> list[Tensor]:
@@ -179,15 +177,22 @@ def _decoded(r: Tensor, r_scale: Tensor, q: Tensor, q_scale: Tensor) -> tuple[Te
 
 
 def _encode(
-    m: Tensor, root_v: Tensor, peaks: Tensor, state: Mapping[str, Tensor], first: int, phase: int
+    m: Tensor,
+    root_v: Tensor,
+    peaks: Tensor,
+    state: Mapping[str, Tensor],
+    spans: Sequence[Span],
+    phase: int,
 ) -> None:
-    """Store m and sqrt(v) [blocks, block], given the largest sqrt(v) of each block."""
+    """Store m and sqrt(v) [blocks, block], given the largest sqrt(v) of each block; a span begins with a
+    block."""
     block = m.shape[1]
     r, q = (_blocks(state[name], block) for name in ("exp_avg_codes", "exp_avg_sq_codes"))
     scale = _sticky_scale(state["exp_avg_sq_scales"].float(), peaks)
     per_unit = torch.where(scale > 0, 65025 / scale.clamp(min=TINY_SCALE), 0.0)[:, None]
-    weyl, start = _weyl(m.numel(), m.device).view(m.shape), _signed(first * DITHER_ELEMENT + phase)
-    ratio, peaks = _encode_v(m, root_v, per_unit, weyl, start, q)
+    firsts = [torch.arange(first, first + n, block, device=m.device) for n, first in spans]
+    starts, steps = _weyl(torch.cat(firsts)[:, None], phase), _weyl(torch.arange(block, device=m.device))
+    ratio, peaks = _encode_v(m, root_v, per_unit, starts, steps, q)
     state["exp_avg_sq_scales"].copy_(scale)
     _put(state["exp_avg_sq_codes"], q)
 
@@ -200,10 +205,11 @@ def _encode(
 
 @fused
 def _encode_v(
-    m: Tensor, root_v: Tensor, per_unit: Tensor, weyl: Tensor, start: Tensor, q: Tensor
+    m: Tensor, root_v: Tensor, per_unit: Tensor, starts: Tensor, steps: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks."""
-    codes = _encoded_root_v(root_v, per_unit, _dither(weyl, start))
+    """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks. The dither of
+    an element is its block's start and its own step."""
+    codes = _encoded_root_v(root_v, per_unit, _unsigned(starts + steps))
     q.copy_(_finite(codes))
     inv = codes.reciprocal()
     ratio = (m * inv).mul_(inv)
@@ -253,53 +259,19 @@ def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     return torch.maximum(low + up, (low + 1).clamp_(max=COARSE))
 
 
-def _dither(weyl: Tensor, start: Tensor) -> Tensor:
-    """(index*0xC13FA9A9 + phase) mod 2**32 as fp32: a Weyl sequence, evenly spread over steps and
-    elements. By halves, since torch has no arithmetic of unsigned integers."""
-    bits = weyl + start
+def _weyl(index: Tensor, phase: int = 0) -> Tensor:
+    """(index*0xC13FA9A9 + phase) mod 2**32, as int32 bits: a Weyl sequence, evenly spread over steps and
+    elements. Of a sum of indices it is the sum."""
+    return (index % 2**32 * DITHER_ELEMENT + phase).to(torch.int32)
+
+
+def _unsigned(bits: Tensor) -> Tensor:
+    """What int32 bits are without a sign, fp32. By halves, since torch has no arithmetic of such numbers."""
     high, low = (bits >> 16) & 0xFFFF, bits & 0xFFFF
     return high.float().mul_(65536.0).add_(low)
-
-
-def _weyl(n: int, device: torch.device) -> Tensor:
-    """index*0xC13FA9A9 mod 2**32 for the first n indices, as int32 bits."""
-    return _weyl_of_chunk(device)[:n] if n <= FUSED_CHUNK else _new_weyl(n, device)
-
-
-@functools.cache
-def _weyl_of_chunk(device: torch.device) -> Tensor:
-    return _new_weyl(FUSED_CHUNK, device)
-
-
-def _new_weyl(n: int, device: torch.device) -> Tensor:
-    return (torch.arange(n, dtype=torch.int64, device=device) * DITHER_ELEMENT).to(torch.int32)
-
-
-def _signed(number: int) -> Tensor:
-    """``number`` mod 2**32, as int32 bits."""
-    return torch.tensor((number + 2**31) % 2**32 - 2**31, dtype=torch.int32)
 
 
 def _up_to_bf16(x: Tensor) -> Tensor:
     """The smallest bf16 value >= x, as fp32; x finite and >= 0."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFFF) & -0x10000).view(torch.float32)
-
-
-def _chunks(
-    params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, hyper: Tensor, chunk: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, slice, int]]:
-    """Pieces of at most ``chunk`` elements: parameter, gradient, numbers, the range of the state arrays, the
-    index of the first element in the whole parameter."""
-    for p, g, offset, first, row in zip(
-        params, grads, layout.offsets, layout.firsts, layout.rows, strict=True
-    ):
-        p, g = _in_memory_order(p), _in_memory_order(g)
-        for start in range(0, p.numel(), chunk):
-            piece = p[start : start + chunk]
-            at = slice(offset + start, offset + start + piece.numel())
-            yield piece, g[start : start + chunk], hyper[row], at, first + start
-
-
-def _in_memory_order(dense: Tensor) -> Tensor:
-    return dense.detach().as_strided((dense.numel(),), (1,))

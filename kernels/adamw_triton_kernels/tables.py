@@ -72,7 +72,9 @@ class DeviceTable:
             self._captured.append(sent)
         elif capturable and not self._rooms:
             pin = self._device.type != "cpu"
-            self._rooms = list(torch.empty((ROOMS, len(values)), dtype=sent.dtype, pin_memory=pin))
+            self._rooms = list(
+                torch.empty((ROOMS, len(values)), dtype=sent.dtype, device="cpu", pin_memory=pin)
+            )
         return sent
 
     def _send_in_graph(self, table: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Hyper(NamedTuple):
 
 def hyper_table(hypers: Sequence[Hyper]) -> Tensor:
     """``Hyper`` as updates take it: fp32 [rows, 8], the phase as its bits."""
-    numbers = torch.tensor(hypers, dtype=torch.float64)
+    numbers = torch.tensor(hypers, dtype=torch.float64, device="cpu")  # whatever the default device
     return _packed(numbers[:, :7], numbers[:, 7].to(torch.int64))
 
 

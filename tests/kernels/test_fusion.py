@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor
 from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
@@ -75,9 +78,6 @@ def test_compiled_gives_the_same_bits(
     state_format: Format, dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, compiled = (Problem(state_format, dtype, shared=shared) for _ in range(2))
-    calls = []
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: calls.append(f) or real(f, **how))
     for number in (1, 2, 3):
         monkeypatch.setattr(fusion, "PATIENCE", 1 << 60)
         plain.step(number)
@@ -87,40 +87,114 @@ def test_compiled_gives_the_same_bits(
     assert not fusion._Work.refused
 
 
-def test_nothing_is_compiled_before_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile(function: object, **how: object) -> object:
-        compiled.append(function)
-        return function
+class Graph:
+    """In place of a compiled one: counts how often it is made and called. It fits an even number of rows."""
 
-    compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", compile)
+    made: ClassVar[list[Graph]] = []
+
+    def __init__(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+        self.function, self.calls = function, 0
+        self.made.append(self)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors[0]) % 2 == 0
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        self.calls += 1
+        return self.function(*tensors)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    monkeypatch.setattr(Graph, "made", [])
+    monkeypatch.setattr(fusion, "_Graph", Graph)
+    return Graph.made
+
+
+def test_nothing_is_compiled_before_it_pays(made: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion, "PATIENCE", 10_000)
     double = fusion.fused(lambda x: x * 2)
     for done in range(0, 10_000, 5000):
-        assert not compiled, done
+        assert not made, done
         double(torch.ones(5000))
     double(torch.ones(fusion.SMALL - 1))
-    assert not compiled
+    assert not made
     for _ in range(2):
         assert double(torch.ones(5000)).sum() == 10_000
-    assert len(compiled) == 1
+    assert [graph.calls for graph in made] == [2]
+
+
+def test_a_graph_serves_the_dtypes_shapes_and_threads_that_it_fits(
+    made: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    double = fusion.fused(lambda x: x * 2)
+    for size in (5000, 6000, 5000):
+        double(torch.ones(size))
+    assert [graph.calls for graph in made] == [3]
+    double(torch.ones(5001))  # it does not fit
+    double(torch.ones(5000, dtype=torch.bfloat16))
+    assert [graph.calls for graph in made] == [3, 1, 1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        double(torch.ones(5000))
+    finally:
+        torch.set_num_threads(threads)
+    assert [graph.calls for graph in made] == [3, 1, 1, 1]
+
+
+def test_code_is_made_for_long_tensors_whichever_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a short one the compiler makes a loop for one thread, and long ones would get it too."""
+    lengths = []
+
+    def compile(graph: object, examples: Sequence[Any]) -> Callable[..., Tensor]:
+        lengths.append([example.shape[0].node.hint for example in examples])
+        return lambda x, numbers: x * numbers[0]
+
+    monkeypatch.setattr("torch._inductor.compile", compile)
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    fusion.fused(lambda x, numbers: x * numbers[0])(torch.ones(50), torch.ones(7))
+    assert lengths == [[fusion.LARGE + 1, 7]]
+
+
+@pytest.mark.slow
+def test_what_a_graph_takes_for_granted_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shapes, and whichever came first."""
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    combine = fusion.fused(lambda x, y: (x * y).sum(-1))
+    x, y = torch.randn(64, 48, dtype=torch.float64), torch.randn(64, 48, dtype=torch.float64)
+    square, column = torch.randn(48, 48, dtype=torch.float64), torch.randn(64, 1, dtype=torch.float64)
+    for a, b in ((x, y), (square, square), (x[:20], y[:20]), (x, column), (x, y[:1]), (square, y[3])):
+        assert torch.allclose(combine(a, b), (a * b).sum(-1), rtol=1e-12)
+    assert not fusion._Work.refused
 
 
 def test_a_machine_without_a_compiler_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def compile(function: object, **how: object) -> object:
-        def fail(*tensors: Tensor) -> None:
-            raise RuntimeError("no C++ compiler\nand much more")
+    def compile(graph: object, examples: object) -> object:
+        raise RuntimeError("no C++ compiler\nand much more")
 
-        return fail
+    monkeypatch.setattr("torch._inductor.compile", compile)
+    assert _told_once(monkeypatch, caplog) == "no C++ compiler"
 
-    monkeypatch.setattr(torch, "compile", compile)
+
+def test_whoever_switches_the_compiler_off_is_heeded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        assert _told_once(monkeypatch, caplog) == "TORCH_COMPILE_DISABLE is set"
+
+
+def _told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> str:
+    """The reason."""
     monkeypatch.setattr(fusion, "PATIENCE", 0)
     double = fusion.fused(lambda x: x * 2)
     with caplog.at_level(logging.WARNING, "adamw_triton"):
         for _ in range(2):
             assert double(torch.ones(5000)).sum() == 10_000
-    assert [record.message for record in caplog.records] == [
-        "torch.compile failed: AdamW on CPU tensors runs several times slower. no C++ compiler"
-    ]
+    message, reason = caplog.messages[0].split(": ")
+    assert caplog.messages == [f"{message}: {reason}"]
+    assert message == "torch's compiler failed, AdamW on CPU tensors runs several times slower"
+    return reason

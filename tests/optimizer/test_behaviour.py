@@ -258,6 +258,23 @@ def test_copies_go_on_alike_and_apart(variant: str, way: str) -> None:
     assert bits(optimizer.param_groups[0]["params"]) == original
 
 
+@pytest.mark.parametrize("variant", [*VARIANTS, "paged_8bit"])
+def test_a_default_device_does_not_matter(variant: str) -> None:
+    """Notebooks set one. Host tables on it would be wrong, and on this one lost."""
+    params = parameters()
+    plain = train(AdamW(params, variant=variant, memory_budget="192KiB" if "paged" in variant else None), 3)
+    others = parameters()
+    with torch.device("meta"):
+        optimizer = AdamW(others, variant=variant, memory_budget="192KiB" if "paged" in variant else None)
+    for step in range(1, 4):
+        set_grads(others, step)
+        with torch.device("meta"):
+            optimizer.step()
+            state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert bits(others) == bits(plain)
+
+
 def test_repr_names_the_choices() -> None:
     text = repr(AdamW(parameters(), lr=0.5))
     assert "AdamW" in text

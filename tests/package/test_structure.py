@@ -37,7 +37,7 @@ KERNEL_ROOMS = [
     {"rounding"},
     {"__init__"},
     {"reference"},
-    {"fusion"},
+    {"fusion", "runs"},
     {"work", "tables"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.
