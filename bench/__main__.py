@@ -42,6 +42,11 @@ def usage() -> str:
     return "\n".join(["usage: python -m bench SUITE [options; --help lists them]", every, *lines])
 
 
+def home(name: str) -> str:
+    """The module of a suite or command."""
+    return f"bench.{name}" if name in COMMANDS else f"bench.suites.{name}"
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the suite that ``argv`` names. 0: goals met; 1: a goal missed; 2: it cannot run as asked; 3: it
     failed."""
@@ -54,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in SUITES | PROOFS | COMMANDS:
         print(f"no suite is called {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"bench.{name}").main(options))
+    return int(importlib.import_module(home(name)).main(options))
 
 
 if __name__ == "__main__":

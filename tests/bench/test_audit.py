@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from bench.machine_code import TARGETS, Account
+from bench.machine_code.account import TARGETS, Account
 
-audit = pytest.importorskip("bench.audit", reason="the audit stands us beside flashoptim")
+audit = pytest.importorskip("bench.suites.audit", reason="the audit stands us beside flashoptim")
 
 
 def test_the_widest_accesses_that_a_thread_can_make():

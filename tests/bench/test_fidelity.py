@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as dispatch
-from bench import fidelity, fidelity_report, report, traces
-from bench.fidelity import Meter, Reference, Runner, compare, probe
-from bench.fidelity_report import Outcome, Result, adversarial_goal, main_goals
+from bench import report, traces
 from bench.peers import FLASH_CODECS, FORMATS, Codec, Format, FormulaAdamW
+from bench.suites import fidelity, fidelity_report
+from bench.suites.fidelity import Meter, Reference, Runner, compare, probe
+from bench.suites.fidelity_report import Outcome, Result, adversarial_goal, main_goals
 from bench.traces import ADVERSARIAL, Trace, subsample
 
 BY_KEY = {format.key: format for format in FORMATS}
@@ -248,8 +249,8 @@ def test_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch.main([]) == 2
     assert dispatch.main(["nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
-    for name in dispatch.SUITES | dispatch.COMMANDS:
-        assert importlib.util.find_spec(f"bench.{name}"), name
+    for name in dispatch.SUITES | dispatch.PROOFS | dispatch.COMMANDS:
+        assert importlib.util.find_spec(dispatch.home(name)), name
 
 
 def test_a_trace_yields_as_many_steps_as_asked() -> None:

@@ -17,9 +17,9 @@ import pytest
 import triton
 import triton.language as tl
 
-from bench.control_flow import Graph, Instruction
-from bench.disassembly import DIALECTS, _gcn_items, _sass_items
-from bench.machine_code import TARGETS, Compiled, account, compile_for, histogram
+from bench.machine_code.account import TARGETS, Compiled, account, compile_for, histogram
+from bench.machine_code.control_flow import Graph, Instruction
+from bench.machine_code.disassembly import DIALECTS, _gcn_items, _sass_items
 
 ROOT = Path(__file__).parents[2]
 TILE = 1024

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.fidelity import Reference, Runner, bytes_per_parameter
 from bench.peers import FLASH_CODECS, FORMATS, Codec, Format, FormulaAdamW, bitsandbytes_codec, state_bytes
+from bench.suites.fidelity import Reference, Runner, bytes_per_parameter
 
 BY_KEY = {format.key: format for format in FORMATS}
 EXACT = Codec(1, lambda x: (x, x.new_empty(0)), lambda codes, scales: codes)

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import children, first, goals, gputests, host, memory, paged, prove, sanitize, step, train, wheels
+from bench import children, goals, prove, wheels
 from bench.optimizers import OPTIMIZERS, RESIDENT
+from bench.suites import first, gputests, host, memory, paged, sanitize, step, train
 from bench.timing import Spread
 
 # --- Figures of a GPU that there is not, in the shape in which the suites write theirs --------------------

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from adamw_triton_kernels import reference
-from bench import convergence, memory, optimizers, paged, readme, roofline, step, timing, train, workloads
+from bench import optimizers, readme, timing, workloads
 from bench.optimizers import OPTIMIZERS, Optimizer, hand_over, runnable, told
 from bench.peers import FORMATS, Codec, Format, FormulaAdamW
+from bench.suites import convergence, memory, paged, roofline, step, train
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_KEY = {one.key: one for one in OPTIMIZERS}
@@ -56,7 +57,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    assert importlib.import_module(f"bench.{name}").main(["--quick", "--out", str(tmp_path)]) in (0, 1)
+    assert importlib.import_module(f"bench.suites.{name}").main(["--quick", "--out", str(tmp_path)]) in (0, 1)
     written = {path.name: path for path in tmp_path.iterdir()}
     assert set(written) == {f"{name}.json", f"{name}.md", f"{name}.png"}
     assert written[f"{name}.png"].stat().st_size > 10_000
@@ -209,7 +210,8 @@ def test_memory_predicts_by_the_optimizers_own_placement(key: str, host: int | N
 def test_memory_measures_what_a_step_takes() -> None:
     """In a process of its own, as the suite is: another test's freed memory would be used anew."""
     code = (
-        "from bench import memory, optimizers\n"
+        "from bench import optimizers\n"
+        "from bench.suites import memory\n"
         "memory.give_freed_memory_back()\n"
         "fused = next(one for one in optimizers.OPTIMIZERS if one.key == 'torch fused')\n"
         "found = memory.measured(fused, [(1 << 20,)] * 4, 'cpu', 0)\n"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, torch
 from adamw_triton_kernels import adamw_8bit, adamw_32bit
-from bench.machine_code import TARGETS, compile_for
+from bench.machine_code.account import TARGETS, compile_for
 
 target = sys.argv[1]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from bench import fidelity_report as views
 from bench import report
-from bench.fidelity_report import WINDOW, Outcome, Result
 from bench.peers import FORMATS, Betas, Format, state_bytes
+from bench.suites import fidelity_report as views
+from bench.suites.fidelity_report import WINDOW, Outcome, Result
 from bench.traces import ADVERSARIAL, MAIN, MIN_QUANTIZED, Trace
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8

@@ -14,11 +14,11 @@ from rich.console import Console
 from triton import knobs
 
 from bench import report
-from bench.machine_code import Account
+from bench.machine_code.account import Account
 from bench.report import Cell, Table
 
 if TYPE_CHECKING:
-    from bench.audit import Row
+    from bench.suites.audit import Row
 
 VENDORS = {"NVIDIA": "sm_", "AMD": "gfx"}
 READING = (
@@ -58,7 +58,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     used = ", ".join(f"{name} {value}" for name, value in provenance["versions"].items())
     head = (
         f"# Machine code of the kernels\n\nBy `python -m bench audit`, {provenance['date']}, with {used}:"
-        " compiled, not run. What is counted is defined in `bench/machine_code.py`.\n"
+        " compiled, not run. What is counted is defined in `bench/machine_code/account.py`.\n"
     )
     tables = [*_matrices(rows), *_details(rows)]
     (folder / "audit.md").write_text("\n".join([head, *map(report.markdown, tables)]))

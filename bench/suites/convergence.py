@@ -144,7 +144,7 @@ def figure(found: Losses, formats: Sequence[Format]) -> Figure:
 
 def main(argv: Sequence[str]) -> int:
     """Train, show and save; 1 if a format of ours is outside the band."""
-    from bench.fidelity import probe
+    from bench.suites.fidelity import probe
 
     parser = suite.parser("convergence", __doc__)
     parser.set_defaults(

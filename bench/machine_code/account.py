@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.control_flow import Block, Graph, Instruction
-from bench.disassembly import DIALECTS, Access, Dialect
+from bench.machine_code.control_flow import Block, Graph, Instruction
+from bench.machine_code.disassembly import DIALECTS, Access, Dialect
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_75": GPUTarget("cuda", 75, 32),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from triton import knobs
 
-from bench.control_flow import Instruction
+from bench.machine_code.control_flow import Instruction
 
 Access = tuple[str, int]  # ("load" | "store" | "atomic", width in bits)
 

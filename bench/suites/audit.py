@@ -19,12 +19,13 @@ from pathlib import Path
 from rich.progress import track
 from triton import knobs
 
-from bench import audit_report, report
-from bench.audit_kernels import DTYPES, KERNELS
-from bench.disassembly import Access
-from bench.machine_code import TARGETS, Account, account, compile_for
+from bench import report
+from bench.machine_code import report as audit_report
+from bench.machine_code.account import TARGETS, Account, account, compile_for
+from bench.machine_code.disassembly import Access
+from bench.machine_code.kernels import DTYPES, KERNELS
 
-RESULTS = Path(__file__).parent / "results" / "aot"
+RESULTS = report.RESULTS / "aot"
 PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16")]
 GOAL_TARGET, GOAL_PAIR = "sm_90", ("bf16", "bf16")
 QUICK_TARGETS, QUICK_PAIRS = ["sm_90", "gfx942"], [GOAL_PAIR]

@@ -1,0 +1,1 @@
+"""What compiled kernels are made of: disassembly, the flow through it, instructions per element."""
