@@ -37,14 +37,14 @@ class Pair(NamedTuple):
     grad: Tensor
 
 
-def pair_of(item: Item) -> Pair:
-    """The tensors themselves where their memory is in order, else ordered copies.
+def pair_of(item: Item) -> Item | Pair:
+    """The item's own tensors where their memory is in order, else ordered copies.
 
     A ``param`` that is not ``item.param``'s own memory has to be copied back after the update.
     """
     slot, param, grad = item.slot, item.param, item.grad
     if slot.contiguous and param.is_contiguous() and grad.is_contiguous() and not grad.is_neg():
-        return Pair(param, grad)
+        return item
     return Pair(
         _in_order(as_real(param), slot.strides),
         _in_order(as_real(grad.resolve_conj()).resolve_neg(), slot.strides),
@@ -87,7 +87,7 @@ class Launch:
     max_chunks: int
     layout: Layout | None = None
 
-    def prepare(self, pairs: Sequence[Pair], settings: Settings) -> Callable[[Arrays], None]:
+    def prepare(self, pairs: Sequence[Item | Pair], settings: Settings) -> Callable[[Arrays], None]:
         """The call, wanting nothing but the page's arrays."""
         rows, hyper = self.numbers.at_next_step(settings)
         if self.layout is None or self.layout.rows is not rows:
@@ -125,7 +125,7 @@ class Batch:
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
                 self._launches.append((page, _launches(page, pieces, items)))
 
-    def prepare(self, pairs: Sequence[Pair], settings: Settings) -> Work:
+    def prepare(self, pairs: Sequence[Item | Pair], settings: Settings) -> Work:
         """All that can fail."""
         return [
             (page, _in_turn([launch.prepare(pairs, settings) for launch in launches]))

@@ -27,6 +27,7 @@ from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
 from adamw_triton.reservations import Reservations
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
+from adamw_triton.state.buffers import Slot
 from adamw_triton.state.formats import as_real
 from adamw_triton.store import Store
 from adamw_triton_kernels import tables
@@ -282,7 +283,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _gather(self) -> list[Item]:
         """All parameters that have gradients, checked, each with its slot."""
-        found: list[tuple[int, int, Tensor, Tensor]] = []
+        found: list[tuple[int, Slot | None, Tensor, Tensor]] = []
         slots = self._store.slots
         ready = self._places.intact(self.param_groups, self.state)
         for group_index, group in enumerate(self.param_groups):
@@ -295,12 +296,13 @@ class AdamW(torch.optim.Optimizer):
                 slot = slots.get(id(param))
                 if slot is None or slot.shape != param.shape or slot.device_index != param.get_device():
                     ready = False
-                found.append((group_index, index, param, grad))
+                found.append((group_index, slot, param, grad))
         if not ready:
             self._places.reserve(self.param_groups, self.state)
+            slots = self._store.slots
+            found = [(group, slots[id(param)], param, grad) for group, _, param, grad in found]
         self._store.reload(self.state)
-        slots = self._store.slots
-        return [Item(group, slots[id(param)], param, grad) for group, _, param, grad in found]
+        return list(map(Item._make, found))
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread

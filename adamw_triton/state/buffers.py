@@ -36,15 +36,15 @@ class Slot:
     """Whether that order is the one of a contiguous, real tensor."""
     entry: dict[str, Any] = field(default_factory=dict)
     """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
+    device_index: int = field(init=False)
+    """As ``Tensor.get_device`` counts: -1 for the CPU."""
+
+    def __post_init__(self) -> None:
+        self.device_index = -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
 
     @property
     def format(self) -> Format:
         return self.buffer.format
-
-    @property
-    def device_index(self) -> int:
-        """As ``Tensor.get_device`` counts: -1 for the CPU."""
-        return -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
 
     def fits(self, param: Tensor, state_format: Format, paged: bool) -> bool:
         """Whether the slot can go on being this parameter's."""

@@ -70,7 +70,7 @@ class DeviceTable:
             self._values = values
         if in_graph:
             self._captured.append(sent)
-        elif capturable and not self._rooms:
+        elif capturable and len(self._rooms) < ROOMS:
             pin = self._device.type != "cpu"
             self._rooms = list(
                 torch.empty((ROOMS, len(values)), dtype=sent.dtype, device="cpu", pin_memory=pin)
