@@ -75,7 +75,7 @@ def test_the_bits_are_those_of_any_step(arguments: dict[str, Any]) -> None:
 
     ours, other = pair(**arguments)
     for optimizer in (ours, other):
-        train(optimizer, 12, before=change(optimizer))
+        train(optimizer, 8, before=change(optimizer))
     assert everything(ours) == everything(other)
 
 
@@ -99,7 +99,7 @@ def test_replays_count_and_see_learning_rates(arguments: dict[str, Any]) -> None
         ours.step()
     other.step()
     assert everything(ours) == everything(other)
-    for step in range(4, 12):
+    for step in range(4, 8):
         for optimizer in (ours, other):
             refill(optimizer, step)
             optimizer.param_groups[0]["lr"].fill_(1e-3 * step)
