@@ -30,28 +30,22 @@ class Item(NamedTuple):
     grad: Tensor
 
 
-class Pair(NamedTuple):
-    """What an update reads and writes: dense, real, in the slot's memory order."""
-
-    param: Tensor
-    grad: Tensor
-
-
-def pair_of(item: Item) -> Item | Pair:
-    """The item's own tensors where their memory is in order, else ordered copies.
+def in_order(item: Item) -> Item:
+    """What an update reads and writes: the item itself where its memory is in order, else one with ordered
+    copies, dense and real, in the slot's memory order.
 
     A ``param`` that is not ``item.param``'s own memory has to be copied back after the update.
     """
     slot, param, grad = item.slot, item.param, item.grad
     if slot.contiguous and param.is_contiguous() and grad.is_contiguous() and not grad.is_neg():
         return item
-    return Pair(
-        _in_order(as_real(param), slot.strides),
-        _in_order(as_real(grad.resolve_conj()).resolve_neg(), slot.strides),
+    return item._replace(
+        param=_with_strides(as_real(param), slot.strides),
+        grad=_with_strides(as_real(grad.resolve_conj()).resolve_neg(), slot.strides),
     )
 
 
-def _in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     if tensor.stride() == strides:
         return tensor
     ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
@@ -87,14 +81,14 @@ class Launch:
     max_chunks: int
     layout: Layout | None = None
 
-    def prepare(self, pairs: Sequence[Item | Pair], settings: Settings) -> Callable[[Arrays], None]:
-        """The call, wanting nothing but the page's arrays."""
+    def prepare(self, items: Sequence[Item], settings: Settings) -> Callable[[Arrays], None]:
+        """The call, wanting nothing but the page's arrays; the items are in order."""
         rows, hyper = self.numbers.at_next_step(settings)
         if self.layout is None or self.layout.rows is not rows:
             self.layout = self._lay_out(rows)
         layout = self.layout
-        params = [piece.of(pairs[piece.position].param) for piece in self.pieces]
-        grads = [piece.of(pairs[piece.position].grad) for piece in self.pieces]
+        params = [piece.of(items[piece.position].param) for piece in self.pieces]
+        grads = [piece.of(items[piece.position].grad) for piece in self.pieces]
         return lambda arrays: self.update(params, grads, arrays, layout, hyper)
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
@@ -125,10 +119,10 @@ class Batch:
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
                 self._launches.append((page, _launches(page, pieces, items)))
 
-    def prepare(self, pairs: Sequence[Item | Pair], settings: Settings) -> Work:
-        """All that can fail."""
+    def prepare(self, items: Sequence[Item], settings: Settings) -> Work:
+        """All that can fail; the items are in order."""
         return [
-            (page, _in_turn([launch.prepare(pairs, settings) for launch in launches]))
+            (page, _in_turn([launch.prepare(items, settings) for launch in launches]))
             for page, launches in self._launches
         ]
 

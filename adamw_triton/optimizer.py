@@ -21,7 +21,7 @@ from adamw_triton.arguments import (
     check_variant,
     name_of,
 )
-from adamw_triton.batch import Item, pair_of
+from adamw_triton.batch import Item, in_order
 from adamw_triton.hyperparameters import Settings
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
 from adamw_triton.reservations import Reservations
@@ -172,16 +172,16 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, items: list[Item]) -> None:
         batch = self._places.batch_of(items)
-        pairs = [pair_of(item) for item in items]
-        work = batch.prepare(pairs, Settings(self.param_groups, getattr(self, "grad_scale", None)))
+        ordered = [in_order(item) for item in items]
+        work = batch.prepare(ordered, Settings(self.param_groups, getattr(self, "grad_scale", None)))
         self._store.prepare(work)
         with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
             self._store.run(work)
             batch.count()
-            for item, pair in zip(items, pairs, strict=True):
-                if pair.param is not item.param and pair.param.data_ptr() != item.param.data_ptr():
-                    as_real(item.param).copy_(pair.param)
+            for item, copied in zip(items, ordered, strict=True):
+                if copied is not item and copied.param.data_ptr() != item.param.data_ptr():
+                    as_real(item.param).copy_(copied.param)
 
     def offload(self) -> None:
         """Hand back the GPU memory of resident state and of staging between steps, for evaluation or

@@ -95,6 +95,17 @@ def reason_notes(reasons: Mapping[str, str]) -> list[str]:
     return [f"{key} cannot run here: {reason}" for key, reason in reasons.items()]
 
 
+def label_bars(axes: Any, names: Sequence[str], title: str, about: str, margin: float) -> None:
+    """Around horizontal bars, the first name's on top."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set_xlabel(about)
+    axes.margins(x=margin)
+    axes.set_title(title, loc="left", weight="bold")
+    axes_style(axes)
+    axes.grid(axis="y", visible=False)
+
+
 def axes_style(axes: Any) -> None:
     """A light grid and no box."""
     axes.grid(alpha=0.25)

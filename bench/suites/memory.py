@@ -155,14 +155,9 @@ def figure(results: dict[str, tuple[Bytes, Bytes | None]], elements: int, device
             for end in ends:
                 axes.plot([end] * 2, [place - 0.38, place + 0.38], color="black", lw=2)
     axes.plot([], [], color="black", lw=2, label="predicted from sizes alone")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
-    place = "host memory" if device == "cpu" else "GPU memory (full) and host memory (pale)"
-    axes.set_xlabel(f"peak bytes of {place} a parameter, beyond parameters and gradients")
-    axes.margins(x=0.1)
-    axes.set_title("Memory of a step", loc="left", weight="bold")
-    suite.axes_style(axes)
-    axes.grid(axis="y", visible=False)
+    where = "host memory" if device == "cpu" else "GPU memory (full) and host memory (pale)"
+    about = f"peak bytes of {where} a parameter, beyond parameters and gradients"
+    suite.label_bars(axes, [one.key for one in shown], "Memory of a step", about, margin=0.1)
     return drawing
 
 

@@ -178,13 +178,8 @@ def figure(measured: dict[str, Measured], link: Link, device: str, about: str) -
         lw=2.2,
         label="moving the state alone" if device == "cuda" else "copying the state alone",
     )
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    axes.set_yticks(range(len(shown)), [one.key for one in reversed(shown)])
-    axes.set_xlabel(f"milliseconds a step: {about}")
-    axes.margins(x=0.14)
-    axes.set_title("Paged state beside resident", loc="left", weight="bold")
-    suite.axes_style(axes)
-    axes.grid(axis="y", visible=False)
+    about = f"milliseconds a step: {about}"
+    suite.label_bars(axes, [one.key for one in shown], "Paged state beside resident", about, margin=0.14)
     return drawing
 
 

@@ -155,11 +155,12 @@ def launch(
         spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, **variant)
         found = layout.tables[device, key] = (_Tables(layout, spec.tile, device), spec, key)
     tables, spec, key = found
+    made_there = hyper.device == device
     arguments = (
-        tables.addresses.of(addresses, capturable=hyper.device == device),
+        tables.addresses.of(addresses, capturable=made_there),
         tables.tensors,
         tables.chunks,
-        hyper if hyper.device == device else send(hyper, device),
+        hyper if made_there else send(hyper, device),
         *state,
         len(params),
         tables.chunk_size,

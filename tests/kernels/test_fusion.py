@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -18,14 +18,7 @@ from adamw_triton_kernels import Hyper, Layout, fusion, hyper_table, reference
 
 NUMELS = (100_001, 5000, 7, 128 * 40)
 
-
-@pytest.fixture(autouse=True)
-def counter() -> Iterator[None]:
-    """Each test's own; the module's is put back."""
-    before = vars(fusion._Work).copy()
-    fusion._Work.done, fusion._Work.refused = 0, False
-    yield
-    fusion._Work.done, fusion._Work.refused = before["done"], before["refused"]
+pytestmark = pytest.mark.usefixtures("counter")
 
 
 class Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,13 +21,7 @@ ROWS = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1)
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 FORMATS = [Float32(), Float32(amsgrad=True), Blockwise8(128), Blockwise8(256)]
 
-
-@pytest.fixture(autouse=True)
-def counter() -> Iterator[None]:
-    before = vars(fusion._Work).copy()
-    fusion._Work.done, fusion._Work.refused = 0, False
-    yield
-    fusion._Work.done, fusion._Work.refused = before["done"], before["refused"]
+pytestmark = pytest.mark.usefixtures("counter")
 
 
 @dataclass
