@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adamw_triton.memory.units import parse_bytes
@@ -119,34 +120,71 @@ def check_movable(capturable: bool) -> None:
         raise RuntimeError("offload() moves state, and CUDA graphs know its place: make capturable=False")
 
 
+def is_trained(param: Tensor) -> bool:
+    """Whether a parameter's state is to have a place: it may get gradients, or has one, and can be stepped.
+    Not yet so are those of lazy modules and on the meta device."""
+    if param.grad is None and not (param.requires_grad and _is_there(param)):
+        return False
+    return _fault(param) is None
+
+
+def check_new_param(param: Tensor, name: str) -> None:
+    """Of a parameter that is handed over. What is frozen or not there yet may be anything until it is
+    stepped.
+
+    Raises:
+        TypeError, ValueError: it requires gradients, and a step would refuse it.
+    """
+    if param.requires_grad and _is_there(param):
+        check_param(param, name)
+
+
 def check_param(param: Tensor, name: str) -> None:
+    """Of a parameter that is stepped.
+
+    Raises:
+        TypeError, ValueError: there is no update for such tensors.
+    """
+    if fault := _fault(param):
+        error, what = fault
+        raise error(f"{name} {what}")
+
+
+def _is_there(param: Tensor) -> bool:
+    return not (is_lazy(param) or param.is_meta)
+
+
+def _fault(param: Tensor) -> tuple[type[Exception], str] | None:
+    """Why a parameter cannot be stepped: what is raised, and the message but for its name."""
     if param.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} has dtype {param.dtype}; AdamW supports {allowed}")
+        return TypeError, f"has dtype {param.dtype}; AdamW supports {allowed}, and computes in float32"
     if param.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {param.layout}; AdamW supports dense parameters only")
+        return TypeError, f"has layout {param.layout}; AdamW supports dense parameters only"
     if is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{name} is a {type(param).__name__}; AdamW does not support wrapped tensors yet")
+        return TypeError, f"is a {type(param).__name__}; AdamW does not support wrapped tensors yet"
     if _overlaps(param):
-        raise ValueError(
-            f"{name}, shape {tuple(param.shape)} and stride {param.stride()}, has elements that share "
-            "memory (an expanded tensor?): they cannot be updated one by one; pass a contiguous copy"
+        return ValueError, (
+            f"of shape {tuple(param.shape)} and stride {param.stride()} has elements that share memory (an "
+            "expanded tensor?): they cannot be updated one by one; pass a contiguous copy"
         )
+    return None
 
 
-def check_grad(param: Tensor, grad: Tensor, group: dict[str, Any], group_index: int, index: int) -> None:
-    if (
-        grad.dtype is param.dtype
-        and grad.layout is torch.strided
-        and grad.shape == param.shape
-        and grad.device == param.device
-    ):
-        return
-    name = name_of(group, group_index, index)
+def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
+    """Of the gradient of a parameter that is stepped, whose name this is.
+
+    Raises:
+        RuntimeError, TypeError: there is no update with such gradients.
+    """
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"AdamW does not support sparse gradients: that of {name} has layout {grad.layout}; "
             "use torch.optim.SparseAdam for it"
+        )
+    if is_traceable_wrapper_subclass(grad):
+        raise TypeError(
+            f"the gradient of {name} is a {type(grad).__name__}; AdamW does not support wrapped tensors yet"
         )
     if grad.shape != param.shape:
         shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"

@@ -30,19 +30,24 @@ class Item(NamedTuple):
     grad: Tensor
 
 
-def in_order(item: Item) -> Item:
-    """What an update reads and writes: the item itself where its memory is in order, else one with ordered
-    copies, dense and real, in the slot's memory order.
+def _is_in_order(item: Item) -> bool:
+    """Whether an update can read and write the memory of the item's tensors as it is."""
+    tensors = (item.param, item.grad)
+    return item.slot.contiguous and all(t.is_contiguous() and not t.is_neg() for t in tensors)
 
-    A ``param`` that is not ``item.param``'s own memory has to be copied back after the update.
-    """
-    slot, param, grad = item.slot, item.param, item.grad
-    if slot.contiguous and param.is_contiguous() and grad.is_contiguous() and not grad.is_neg():
-        return item
-    return item._replace(
-        param=_with_strides(as_real(param), slot.strides),
-        grad=_with_strides(as_real(grad.resolve_conj()).resolve_neg(), slot.strides),
-    )
+
+def _in_order(item: Item) -> Item:
+    """What an update reads and writes instead: dense and real, in the slot's memory order; copies where the
+    item's own tensors are not so."""
+    param, grad = (_with_strides(as_real(t).resolve_neg(), item.slot.strides) for t in item[2:])
+    return item._replace(param=param, grad=grad)
+
+
+def _copy_back(updated: Item, item: Item) -> None:
+    """What was updated into the parameter, unless that is its own memory."""
+    param, result = item.param, updated.param
+    if result.data_ptr() != param.data_ptr():
+        param.copy_(torch.view_as_complex(result) if param.is_complex() else result)
 
 
 def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -107,6 +112,8 @@ class Batch:
     def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:
         """``page_elements``: of a page of a buffer; resident buffers are one page."""
         self.slots = [item.slot for item in items]
+        self._groups = [item.group for item in items]
+        self._disordered = [i for i, item in enumerate(items) if not _is_in_order(item)]
         of_buffer: dict[StateBuffer, list[int]] = defaultdict(list)
         for position, slot in enumerate(self.slots):
             of_buffer[slot.buffer].append(position)
@@ -118,6 +125,22 @@ class Batch:
         for buffer, positions in of_buffer.items():
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
                 self._launches.append((page, _launches(page, pieces, items)))
+
+    def items(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Item]:
+        """Of a step on the same parameters."""
+        return list(map(Item, self._groups, self.slots, params, grads))
+
+    def in_order(self, items: list[Item]) -> list[Item]:
+        """What the updates read and write, for the most part the items themselves."""
+        ordered = list(items)
+        for position in self._disordered:
+            ordered[position] = _in_order(items[position])
+        return ordered
+
+    def copy_back(self, ordered: Sequence[Item], items: Sequence[Item]) -> None:
+        """Into the parameters what was updated in their stead."""
+        for position in self._disordered:
+            _copy_back(ordered[position], items[position])
 
     def prepare(self, items: Sequence[Item], settings: Settings) -> Work:
         """All that can fail; the items are in order."""

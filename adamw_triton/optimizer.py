@@ -13,22 +13,19 @@ from adamw_triton import checkpoint
 from adamw_triton.arguments import (
     VARIANTS,
     check_capture,
-    check_grad,
     check_group,
     check_movable,
+    check_new_param,
     check_paging,
-    check_param,
     check_variant,
     name_of,
 )
-from adamw_triton.batch import Item, in_order
 from adamw_triton.hyperparameters import Settings
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
 from adamw_triton.reservations import Reservations
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
-from adamw_triton.state.buffers import Slot
-from adamw_triton.state.formats import as_real
+from adamw_triton.stepped import Stepped
 from adamw_triton.store import Store
 from adamw_triton_kernels import tables
 
@@ -132,7 +129,7 @@ class AdamW(torch.optim.Optimizer):
         try:
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
-                check_param(param, name_of(group, len(self.param_groups) - 1, index))
+                check_new_param(param, name_of(group, len(self.param_groups) - 1, index))
         except Exception:
             self.param_groups.pop()
             raise
@@ -165,23 +162,25 @@ class AdamW(torch.optim.Optimizer):
             return loss
         self._whole.check()
         self._chooser.watch()
-        items = self._gather()
         with self._store.hold():
-            self._update(items)
+            self._update()
         return loss
 
-    def _update(self, items: list[Item]) -> None:
-        batch = self._places.batch_of(items)
-        ordered = [in_order(item) for item in items]
+    def _update(self) -> None:
+        for group in self.param_groups:
+            check_group(group, VARIANTS[self.variant].bits, self.capturable)
+        stepped = Stepped.of(self.param_groups)
+        batch = self._places.batch_of(stepped, self.state)
+        self._store.reload(self.state)
+        items = batch.items(stepped.params, stepped.grads)
+        ordered = batch.in_order(items)
         work = batch.prepare(ordered, Settings(self.param_groups, getattr(self, "grad_scale", None)))
         self._store.prepare(work)
         with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
             self._store.run(work)
             batch.count()
-            for item, copied in zip(items, ordered, strict=True):
-                if copied is not item and copied.param.data_ptr() != item.param.data_ptr():
-                    as_real(item.param).copy_(copied.param)
+            batch.copy_back(ordered, items)
 
     def offload(self) -> None:
         """Hand back the GPU memory of resident state and of staging between steps, for evaluation or
@@ -278,31 +277,6 @@ class AdamW(torch.optim.Optimizer):
         self._places = Reservations(self._chooser, policy, self.transfer, self.block_size)
         self._chooser.attach(self._store.on_gpu, self._spill)
         self._whole = WholeSteps()
-
-    # One step: gather and check, find each parameter's place, group into launches, then write.
-
-    def _gather(self) -> list[Item]:
-        """All parameters that have gradients, checked, each with its slot."""
-        found: list[tuple[int, Slot | None, Tensor, Tensor]] = []
-        slots = self._store.slots
-        ready = self._places.intact(self.param_groups, self.state)
-        for group_index, group in enumerate(self.param_groups):
-            check_group(group, VARIANTS[self.variant].bits, self.capturable)
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                check_grad(param, grad, group, group_index, index)
-                slot = slots.get(id(param))
-                if slot is None or slot.shape != param.shape or slot.device_index != param.get_device():
-                    ready = False
-                found.append((group_index, slot, param, grad))
-        if not ready:
-            self._places.reserve(self.param_groups, self.state)
-            slots = self._store.slots
-            found = [(group, slots[id(param)], param, grad) for group, _, param, grad in found]
-        self._store.reload(self.state)
-        return list(map(Item._make, found))
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from adamw_triton.arguments import name_of
+from adamw_triton.arguments import is_trained, name_of
 from adamw_triton.batch import Batch, Item
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.formats import as_real, format_for
 from adamw_triton.state.placement import Policy
+from adamw_triton.stepped import Apart, Facts, Groups, Stepped
 from adamw_triton.store import State, Store, Wanted
 from adamw_triton_kernels import tables
 
 _KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
 
-Groups = Sequence[Mapping[str, Any]]
+
+class _Kept(NamedTuple):
+    """The launches of one set of parameters, and what they were made from."""
+
+    facts: Facts
+    apart: Apart
+    batch: Batch
 
 
 class Reservations:
@@ -32,7 +38,7 @@ class Reservations:
         self.store = Store(policy, transfer)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
-        self._batches: dict[tuple[Any, ...], Batch] = {}
+        self._kept: list[_Kept] = []
         self._captured: list[Batch] = []
         """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
@@ -49,7 +55,7 @@ class Reservations:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
         have them, this is a first step, at the latest: then it is decided what places there are."""
         tables.require_eager()
-        self._batches.clear()
+        self._kept.clear()
         if not self._chooser.decided and not stateful_only:
             self._chooser.decide(groups, state)
             self.store.policy = self._chooser.policy
@@ -65,38 +71,60 @@ class Reservations:
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""
-        self._batches.clear()
+        self._kept.clear()
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
-    def batch_of(self, items: list[Item]) -> Batch:
-        """Kept for steps on the same parameters.
+    def batch_of(self, stepped: Stepped, state: State) -> Batch:
+        """The launches of a step, kept for steps of the same facts. Of others everything is checked, and only
+        then given a place.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and this would be the first such step.
+            RuntimeError, TypeError, ValueError: what cannot be stepped, by name.
         """
-        key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        batch = self._batches.get(key)
-        if batch is None:
+        ready = self.intact(stepped.groups, state)
+        kept = next((kept for kept in self._kept if kept.facts == stepped.facts), None) if ready else None
+        if kept is None:
+            stepped.check()
+        apart = kept.apart if kept else Apart(stepped)
+        apart.check(stepped)
+        if kept is None:
             tables.require_eager()
-            if len(self._batches) >= _KEPT_BATCHES:
-                self._batches.clear()
-            batch = self._batches[key] = Batch(items, self.store.page_elements)
+            if not (ready and self._has_places(stepped, state)):
+                self.reserve(stepped.groups, state)
+            if len(self._kept) >= _KEPT_BATCHES:
+                self._kept.clear()
+            kept = _Kept(stepped.facts, apart, self._batch(stepped))
+            self._kept.append(kept)
         if tables.capturing():
-            self._captured.append(batch)
-        return batch
+            self._captured.append(kept.batch)
+        return kept.batch
+
+    def _batch(self, stepped: Stepped) -> Batch:
+        slots = [self.store.slots[id(param)] for param in stepped.params]
+        items = map(Item, stepped.group_indices, slots, stepped.params, stepped.grads)
+        return Batch(list(items), self.store.page_elements)
+
+    def _has_places(self, stepped: Stepped, state: State) -> bool:
+        """Whether all have those that their groups ask for."""
+        slots, these = self.store.slots, set(map(id, stepped.params))
+        return all(
+            (slot := slots.get(id(param))) is not None and slot.fits(param, state_format, slot.buffer.paged)
+            for param, _, state_format in self._wanted(stepped.groups, state)
+            if id(param) in these
+        )
 
     def _wanted(self, groups: Groups, state: State, stateful_only: bool = False) -> list[Wanted]:
         found = []
         for group_index, group in enumerate(groups):
             amsgrad = bool(group["amsgrad"])
-            bits = bits_of(group["state_bits"], amsgrad, self._chooser.bits)
+            bits = bits_of(group.get("state_bits"), amsgrad, self._chooser.bits)
             for index, param in enumerate(group["params"]):
-                trained = not stateful_only and (param.requires_grad or param.grad is not None)
-                if trained or param in state:
+                if param in state or (not stateful_only and is_trained(param)):
                     state_format = format_for(as_real(param).numel(), bits, self._block_size, amsgrad)
                     found.append(Wanted(param, name_of(group, group_index, index), state_format))
         return found
 
 
 def _formats(groups: Groups) -> list[tuple[Any, Any]]:
-    return [(group["amsgrad"], group["state_bits"]) for group in groups]
+    return [(group["amsgrad"], group.get("state_bits")) for group in groups]

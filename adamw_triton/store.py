@@ -80,14 +80,15 @@ class Store:
 
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
-            RuntimeError: a parameter has changed its shape.
+            RuntimeError: a parameter has changed its shape, or from real to complex.
         """
         for param, name, _ in wanted:
             slot = self.slots.get(id(param))
-            if slot is not None and slot.shape != param.shape and param in state:
+            if slot is not None and not slot.has_shape_of(param) and param in state:
                 raise RuntimeError(
-                    f"{name} had shape {tuple(slot.shape)} when its state was made and has now "
-                    f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
+                    f"{name} had shape {_shape(slot.shape, slot.is_complex)} when its state was made and has "
+                    f"now {_shape(param.shape, param.is_complex())}: delete its state (del "
+                    "optimizer.state[param]) first"
                 )
         self.finish()
         with self.hold():
@@ -265,6 +266,10 @@ class Store:
             places["gpu" if on_gpu else "host"] += buffer.nbytes
             formats[buffer.format.name] += buffer.nbytes
         return {**places, **formats}
+
+
+def _shape(shape: torch.Size, is_complex: bool) -> str:
+    return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
 
 
 def _grains(

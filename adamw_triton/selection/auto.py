@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import Variant
+from adamw_triton.arguments import Variant, is_trained
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes
@@ -141,7 +141,7 @@ class Auto:
         trained: dict[torch.device, list[Trained]] = defaultdict(list)
         for group in groups:
             for param in group["params"]:
-                if param.requires_grad or param.grad is not None:
+                if is_trained(param):
                     trained[param.device].append(Trained.of(param, group))
         loaded: Counter[torch.device] = Counter()
         for tensor in itertools.chain.from_iterable(entry.values() for entry in state.values()):

@@ -66,9 +66,10 @@ class Trained(NamedTuple):
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Trained:
         """A parameter of a group; its gradient is of its own dtype unless there is one."""
-        real, grad = as_real(param), param if param.grad is None else param.grad
+        grad = param if param.grad is None else param.grad
+        itemsize, grad_itemsize = (tensor.dtype.to_real().itemsize for tensor in (param, grad))
         amsgrad = bool(group.get("amsgrad", False))
-        return cls(real.numel(), real.itemsize, as_real(grad).itemsize, group.get("state_bits"), amsgrad)
+        return cls(as_real(param).numel(), itemsize, grad_itemsize, group.get("state_bits"), amsgrad)
 
     def format(self, bits: int, block_size: int) -> Format:
         bits = bits_of(self.state_bits, self.amsgrad, bits)

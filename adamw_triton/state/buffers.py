@@ -36,15 +36,19 @@ class Slot:
     """Whether that order is the one of a contiguous, real tensor."""
     entry: dict[str, Any] = field(default_factory=dict)
     """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
-    device_index: int = field(init=False)
-    """As ``Tensor.get_device`` counts: -1 for the CPU."""
-
-    def __post_init__(self) -> None:
-        self.device_index = -1 if self.buffer.device.type == "cpu" else self.buffer.device.index
 
     @property
     def format(self) -> Format:
         return self.buffer.format
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the parameter was when the slot was made."""
+        return len(self.strides) > len(self.shape)
+
+    def has_shape_of(self, param: Tensor) -> bool:
+        """Whether the state is still one of a tensor like this."""
+        return self.shape == param.shape and self.is_complex == param.is_complex()
 
     def fits(self, param: Tensor, state_format: Format, paged: bool) -> bool:
         """Whether the slot can go on being this parameter's."""
@@ -52,7 +56,7 @@ class Slot:
             self.param is param
             and self.format == state_format
             and self.buffer.paged == paged
-            and self.shape == param.shape
+            and self.has_shape_of(param)
             and self.buffer.device == param.device
         )
 
@@ -82,13 +86,13 @@ class Slot:
 
     def shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Ranges as others see them: in the parameter's shape, scales flat."""
-        shape = as_real(self.param).shape
+        shape = (*self.shape, 2) if self.is_complex else self.shape
         views = {}
         for array in self.format.arrays:
             view = flat[array.name]
             if array.per == 1:
                 view = view.as_strided(shape, self.strides)
-                if self.param.is_complex() and view.dtype is torch.float32:
+                if self.is_complex and view.dtype is torch.float32:
                     view = torch.view_as_complex(view)
             views[array.name] = view
         return views

@@ -97,8 +97,9 @@ def nbytes(state_format: Format, numel: int) -> int:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as real numbers with a last dimension of 2; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    """A complex tensor as real numbers with a last dimension of 2: a view, but a copy of a lazily conjugated
+    one. Any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def round_up(n: int, multiple: int) -> int:

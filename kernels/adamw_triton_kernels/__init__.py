@@ -37,7 +37,8 @@ def update_for(name: str, device: torch.device) -> Update:
     elsewhere.
     """
     in_torch: Update = getattr(reference, name)
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
         return in_torch
     try:
         module = importlib.import_module(f"adamw_triton_kernels.{name}")

@@ -45,7 +45,7 @@ def test_every_pair_of_dtypes_in_one_group(variant: str, pair: tuple[torch.dtype
     values, grads = torch.randn(5000), torch.randn(5000)
 
     def made(dtype: torch.dtype, grad_dtype: torch.dtype) -> Parameter:
-        p = Parameter(values.to(dtype))
+        p = Parameter(values.to(dtype, copy=True))
         p.grad_dtype = None
         p.grad = grads.to(grad_dtype)
         return p

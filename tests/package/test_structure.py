@@ -21,14 +21,14 @@ ROOMS = [
     {"optimizer"},
     {"reservations"},
     {"selection"},
-    {"batch", "store"},
+    {"batch", "store", "stepped"},
     {"hyperparameters"},
     {"checkpoint"},
     {"arguments"},
     {"paging"},
     {"state"},
     {"memory"},
-    {"models", "interrupts", "_version"},
+    {"models", "interrupts", "overlaps", "_version"},
 ]
 KERNEL_ROOMS = [
     {"ahead"},
