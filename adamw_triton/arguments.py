@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +36,8 @@ VARIANTS = {
     "paged_8bit": Variant(8, paged=True),
 }
 BLOCK_SIZES = (128, 256)
+_OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
+_OF_THE_OPTIMIZER = ("variant", "memory_budget", "transfer", "block_size")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
@@ -49,6 +53,18 @@ def check_variant(variant: object, block_size: object, capturable: bool) -> Vari
             "use 'auto', '32bit' or '8bit'"
         )
     return found
+
+
+def check_implementation(fused: object, foreach: object, differentiable: object) -> None:
+    """torch.optim.AdamW's choice among its implementations; the one that is here is all of them at once."""
+    for name, value in (("fused", fused), ("foreach", foreach)):
+        if value not in (None, False, True):
+            raise ValueError(f"Invalid {name}: {value!r}; it must be None, False or True")
+    if differentiable:
+        raise ValueError(
+            "differentiable=True needs a step that autograd can follow, and this one writes into memory by "
+            "kernels of its own: use torch.optim.AdamW"
+        )
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
@@ -90,13 +106,36 @@ def check_group(group: dict[str, Any], default_bits: int, capturable: bool = Fal
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be a finite number >= 0")
-    if group["state_bits"] not in (None, 8, 32):
-        raise ValueError(f"Invalid state_bits: {group['state_bits']!r}; it must be 8, 32 or None")
-    if group["amsgrad"] and (group["state_bits"] or default_bits) == 8:
+    state_bits = group.get("state_bits")  # not in a group that was made for another AdamW
+    if state_bits not in (None, 8, 32):
+        raise ValueError(f"Invalid state_bits: {state_bits!r}; it must be 8, 32 or None")
+    if group["amsgrad"] and (state_bits or default_bits) == 8:
         raise ValueError(
             "amsgrad=True needs 32-bit state: the 8-bit format keeps no maximum; "
             "use variant='32bit', or state_bits=32 for the group"
         )
+
+
+def check_keys(group: Mapping[str, Any], group_index: int) -> None:
+    """What a new group sets. Frameworks keep keys of their own there, so unknown ones are left alone; but for
+    those of which somebody expects an effect.
+
+    Raises:
+        ValueError: a key is an argument of the whole optimizer.
+    """
+    for key in group:
+        if key in _OF_THE_OPTIMIZER:
+            raise ValueError(
+                f"group {group_index} sets {key}={group[key]!r}, which is of the whole optimizer: pass it to "
+                "AdamW; a group may set state_bits (8 or 32)"
+            )
+        meant = difflib.get_close_matches(str(key), _OF_A_GROUP, n=1, cutoff=0.85)
+        if meant and key not in _OF_A_GROUP:
+            warnings.warn(
+                f"group {group_index} has a key {key!r}, which changes nothing: was {meant[0]!r} meant?",
+                stacklevel=3,
+            )
+    check_implementation(*(group.get(key) for key in ("fused", "foreach", "differentiable")))
 
 
 def check_capture(capturable: bool, found_inf: Tensor | None) -> None:
@@ -196,9 +235,11 @@ def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
 
 
 def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """What messages call a parameter: its own name if the user passed named parameters."""
-    if "param_names" in group:
-        return f"parameter {group['param_names'][index]!r}"
+    """What messages call a parameter: its own name if the user passed named parameters, and took none out or
+    in by hand since."""
+    names = group.get("param_names", ())
+    if len(names) == len(group["params"]):
+        return f"parameter {names[index]!r}"
     return f"parameter {index} of group {group_index}"
 
 

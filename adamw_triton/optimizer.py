@@ -14,6 +14,8 @@ from adamw_triton.arguments import (
     VARIANTS,
     check_capture,
     check_group,
+    check_implementation,
+    check_keys,
     check_movable,
     check_new_param,
     check_paging,
@@ -36,7 +38,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with 32-bit or blockwise 8-bit state.
 
     A drop-in for ``torch.optim.AdamW``: the arguments up to ``maximize`` are the same. Parameters
-    and gradients may be fp32, bf16, fp16 (mixed at will) or complex64; all arithmetic is in fp32.
+    and gradients may be fp32, bf16, fp16 (mixed at will) or complex64; all arithmetic is in fp32, so float64
+    parameters are refused. Parameters without gradients are left alone, whatever they are.
 
     Args:
         params: parameters, parameter groups or named parameters. A group may set ``state_bits`` (8
@@ -63,6 +66,8 @@ class AdamW(torch.optim.Optimizer):
             host reads none of them; ``lr`` and ``betas`` may be tensors there, and a replay sees what they
             are, while numbers are those of the capture. Take a step before the capture, and capture
             again after anything but replays and steps. State is never paged.
+        fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
+            callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
     State is allocated at the first ``step()``, for all parameters that require gradients. What
     ``state`` shows of paged state is in host memory, and complete once the GPU has done its work:
@@ -70,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or ``amsgrad`` meets 8-bit state.
-        TypeError: a parameter's dtype is not supported.
+        TypeError: the dtype of a parameter that requires gradients is not supported.
     """
 
     _places: Reservations
@@ -91,7 +96,11 @@ class AdamW(torch.optim.Optimizer):
         transfer: str = "auto",
         block_size: int = 128,
         capturable: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
+        check_implementation(fused, foreach, differentiable)
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
         self._chooser = chooser_for(how, budget, block_size, capturable)
@@ -127,6 +136,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_keys(group, len(self.param_groups) - 1)
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
                 check_new_param(param, name_of(group, len(self.param_groups) - 1, index))
@@ -151,6 +161,8 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is
                 being captured, and this optimizer or this step cannot be.
+            RuntimeError, TypeError, ValueError: a parameter or its gradient cannot be stepped, for its dtype,
+                its layout, or memory that it shares with another.
         """
         loss = None
         if closure is not None:

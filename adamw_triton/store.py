@@ -126,7 +126,8 @@ class Store:
         for device, indices in of_device.items():
             sizes = [(wanted[index].format, as_real(wanted[index].param).numel()) for index in indices]
             budget = self.policy.budgets.get(device, self.policy.budget)
-            placement = place(sizes, self.policy.paged, budget)
+            paged_there = self.policy.paged and device.type != "meta"  # state of no memory is nowhere
+            placement = place(sizes, paged_there, budget)
             self._page_bytes[device] = placement.page_bytes
             for index, is_paged in zip(indices, placement.paged, strict=True):
                 paged[index] = is_paged
