@@ -85,9 +85,8 @@ def test_all_error_inputs_of_torchs_own_tests(desc: str) -> None:
     case = ERRORS[desc]
     given = case.optimizer_error_input
     params = given.params if given.params is not None else parameters()
-    if "foreach" in given.kwargs:  # a choice among torch's implementations: no keyword of ours
-        with pytest.raises(TypeError, match="foreach"):
-            AdamW(params, **given.kwargs)
+    if "foreach" in given.kwargs:  # what torch's implementation of that name cannot do
+        AdamW(params, **given.kwargs)
     elif issubclass(case.error_type, Warning):
         with pytest.warns(case.error_type, match=case.error_regex):
             AdamW(params, **given.kwargs)
