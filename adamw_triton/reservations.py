@@ -38,7 +38,7 @@ class Reservations:
         self.store = Store(policy, transfer)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
-        self._kept: list[_Kept] = []
+        self._batches: list[_Kept] = []
         self._captured: list[Batch] = []
         """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
@@ -55,7 +55,7 @@ class Reservations:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
         have them, this is a first step, at the latest: then it is decided what places there are."""
         tables.require_eager()
-        self._kept.clear()
+        self._batches.clear()
         if not self._chooser.decided and not stateful_only:
             self._chooser.decide(groups, state)
             self.store.policy = self._chooser.policy
@@ -71,7 +71,7 @@ class Reservations:
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""
-        self._kept.clear()
+        self._batches.clear()
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
     def batch_of(self, stepped: Stepped, state: State) -> Batch:
@@ -83,7 +83,7 @@ class Reservations:
             RuntimeError, TypeError, ValueError: what cannot be stepped, by name.
         """
         ready = self.intact(stepped.groups, state)
-        kept = next((kept for kept in self._kept if kept.facts == stepped.facts), None) if ready else None
+        kept = self._kept_for(stepped.facts) if ready else None
         if kept is None:
             stepped.check()
         apart = kept.apart if kept else Apart(stepped)
@@ -92,13 +92,20 @@ class Reservations:
             tables.require_eager()
             if not (ready and self._has_places(stepped, state)):
                 self.reserve(stepped.groups, state)
-            if len(self._kept) >= _KEPT_BATCHES:
-                self._kept.clear()
+            if len(self._batches) >= _KEPT_BATCHES:
+                self._batches.clear()
             kept = _Kept(stepped.facts, apart, self._batch(stepped))
-            self._kept.append(kept)
+            self._batches.append(kept)
         if tables.capturing():
             self._captured.append(kept.batch)
         return kept.batch
+
+    def _kept_for(self, facts: Facts) -> _Kept | None:
+        # No generator with next(): an interrupt while it is closed would be lost.
+        for kept in self._batches:
+            if kept.facts == facts:
+                return kept
+        return None
 
     def _batch(self, stepped: Stepped) -> Batch:
         slots = [self.store.slots[id(param)] for param in stepped.params]
@@ -108,11 +115,11 @@ class Reservations:
     def _has_places(self, stepped: Stepped, state: State) -> bool:
         """Whether all have those that their groups ask for."""
         slots, these = self.store.slots, set(map(id, stepped.params))
-        return all(
-            (slot := slots.get(id(param))) is not None and slot.fits(param, state_format, slot.buffer.paged)
-            for param, _, state_format in self._wanted(stepped.groups, state)
-            if id(param) in these
-        )
+        for param, _, state_format in self._wanted(stepped.groups, state):
+            slot = slots.get(id(param))
+            if id(param) in these and not (slot and slot.fits(param, state_format, slot.buffer.paged)):
+                return False
+        return True
 
     def _wanted(self, groups: Groups, state: State, stateful_only: bool = False) -> list[Wanted]:
         found = []
