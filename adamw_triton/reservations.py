@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ class Reservations:
         self.store = Store(policy, transfer)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
-        self._batches: dict[tuple[Any, ...], Batch] = {}
+        self._batches: dict[tuple[Any, ...], list[Batch]] = defaultdict(list)
+        """By the parameters; one for each stream that steps on them."""
         self._captured: list[Batch] = []
         """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
@@ -69,18 +71,19 @@ class Reservations:
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
     def batch_of(self, items: list[Item]) -> Batch:
-        """Kept for steps on the same parameters.
+        """Kept for steps on the same parameters from the same streams.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and this would be the first such step.
         """
         key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        batch = self._batches.get(key)
+        batch = next((batch for batch in self._batches[key] if batch.is_here), None)
         if batch is None:
             tables.require_eager()
-            if len(self._batches) >= _KEPT_BATCHES:
+            if len(self._batches) > _KEPT_BATCHES:
                 self._batches.clear()
-            batch = self._batches[key] = Batch(items, self.store.page_elements)
+            batch = Batch(items, self.store.page_elements)
+            self._batches[key].insert(0, batch)
         if tables.capturing():
             self._captured.append(batch)
         return batch

@@ -41,9 +41,9 @@ class Watch:
 
         class Addresses(launch.DeviceTable):
             def of(self, values: array[int] | array[float], *, capturable: bool = False) -> torch.Tensor:
-                before = getattr(self, "_sent", None)
+                before = self._sent
                 sent = super().of(values, capturable=capturable)
-                watch.sent_addresses += sent is not before
+                watch.sent_addresses += self._sent is not before
                 return sent
 
         def counting(spec: launch.Build, key: tuple[Any, ...], *rest: Any) -> None:
