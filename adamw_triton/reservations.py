@@ -77,16 +77,16 @@ class Reservations:
             RuntimeError: a CUDA graph is being captured, and this would be the first such step.
         """
         key = tuple((id(item.slot), item.param.dtype, item.grad.dtype) for item in items)
-        batch = next((batch for batch in self._batches[key] if batch.is_here), None)
-        if batch is None:
+        here = [batch for batch in self._batches[key] if batch.is_here]
+        if not here:
             tables.require_eager()
             if len(self._batches) > _KEPT_BATCHES:
                 self._batches.clear()
-            batch = Batch(items, self.store.page_elements)
-            self._batches[key].insert(0, batch)
+            here = [Batch(items, self.store.page_elements)]
+            self._batches[key] += here
         if tables.capturing():
-            self._captured.append(batch)
-        return batch
+            self._captured.append(here[-1])
+        return here[-1]
 
     def _wanted(self, groups: Groups, state: State, stateful_only: bool = False) -> list[Wanted]:
         found = []

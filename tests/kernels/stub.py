@@ -1,7 +1,7 @@
 """Kernels launched on a GPU that is not here: Triton compiles for it, and a stub stands for its driver.
 
-In a process of its own, without the interpreter: ``python tests/kernels/stub.py CHECK TARGET ...``, where a check
-is a function of this file; it prints JSON. ``report`` does that for a test.
+In a process of its own, without the interpreter: ``python tests/kernels/stub.py CHECK TARGET ...``, where a
+check is a function of this file; it prints JSON. ``report`` does that for a test.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def launched(target: str, name: str) -> dict[str, Any]:
 
 
 def failing(target: str) -> dict[str, Any]:
-    """First steps of an optimizer whose two kernels fail to compile or to load, each call in its turn: launches
-    of the failed step, and of the next."""
+    """First steps of an optimizer whose two kernels fail to compile or to load, each call in its turn:
+    launches of the failed step, and of the next."""
     from adamw_triton import AdamW, batch
     from adamw_triton_kernels import launch, update_for
 
