@@ -145,7 +145,7 @@ class _Graph:
             traced = make_fx(lambda *each: function(*each), tracing_mode="symbolic")
             graph = traced(*[_lengthened(tensor, tensors[0]) for tensor in tensors])
         self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        with torch._dynamo.utils.get_metrics_context():  # where the cache of torch 2.6 counts its hits
+        with torch._dynamo.utils.get_metrics_context():  # where the compiler's cache counts its hits
             self._call = torch._inductor.compile(graph, self._inputs)
         if not self.fits(tensors):
             raise RuntimeError(f"no code for shapes {[tuple(tensor.shape) for tensor in tensors]}")

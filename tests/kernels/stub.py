@@ -172,6 +172,18 @@ def compiled(target: str, *names: str) -> dict[str, Any]:
     return {"triton": triton.__version__, "launches": len(stub.launches)}
 
 
+def can_link(target: str) -> dict[str, Any]:
+    """Whether this Triton has all that it takes for a target: before 3.4, AMD's linker is ROCm's."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    try:
+        if not target.startswith("sm_") and hasattr(HIPBackend, "path_to_rocm_lld"):
+            HIPBackend.path_to_rocm_lld()
+    except Exception:
+        return {"found": False}
+    return {"found": True}
+
+
 def report(check: Callable[..., dict[str, Any]], *arguments: str, before: str = "") -> dict[str, Any]:
     """What a check of this file finds in a process of its own; ``before``: a folder whose packages go before
     those that are installed."""

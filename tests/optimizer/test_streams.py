@@ -1,4 +1,4 @@
-"""Steps from alternating streams: what a step sends is read on the stream that it was sent on, and on no other.
+"""Steps from alternating streams: what a step sends is read on the stream it was sent on, and on no other.
 
 There is nothing to wait for then, and nothing can be freed on one stream while another still reads it.
 """
@@ -21,8 +21,8 @@ from tests.optimizer.problems import parameters
 
 
 class Streams(TorchDispatchMode):
-    """Notes on which stream each memory was made, and who reads it on another. What is the user's own to order
-    does not count: parameters, gradients, state and step counts."""
+    """Notes on which stream each memory was made, and who reads it on another. What is the user's own to
+    order does not count: parameters, gradients, state and step counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def _memory(tensor: Tensor) -> int:
 def test_what_a_step_sends_stays_on_its_stream(
     variant: str, moving: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A capturable optimizer: on the CPU its tables are what a GPU's would be, the numbers of the step included."""
+    """A capturable optimizer: on the CPU its tables are what a GPU's would be, the step's numbers too."""
     if backend == "torch":
         pytest.skip("sends no tables")
     params = parameters(((5000,), (3,), (40, 50)))
