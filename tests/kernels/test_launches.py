@@ -13,6 +13,7 @@ import torch
 
 import adamw_triton
 from adamw_triton_kernels import launch
+from tests import gradients
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -72,7 +73,7 @@ def model(device: str, variant: str) -> adamw_triton.AdamW:
     for i in range(TENSORS):
         param_dtype, grad_dtype = PAIRS[i % len(PAIRS)]
         param = torch.ones(NUMELS[i % len(NUMELS)], device=device, dtype=param_dtype, requires_grad=True)
-        param.grad_dtype = None  # any
+        gradients.allow(param, grad_dtype)
         param.grad = torch.ones(param.shape, device=device, dtype=grad_dtype)
         params.append(param)
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.2}]

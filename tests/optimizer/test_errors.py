@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.arguments import check_grad
+from tests import gradients
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -102,7 +103,7 @@ def _half_shape(p: Tensor) -> None:
 
 
 def _other_dtype(p: Tensor) -> None:
-    p.grad_dtype = None
+    gradients.allow(p, torch.float64)
     p.grad = p.detach().double()
 
 
@@ -111,7 +112,7 @@ def _sparse(p: Tensor) -> None:
 
 
 def _conjugate_dtype(p: Tensor) -> None:
-    p.grad_dtype = None
+    gradients.allow(p, torch.complex64)
     p.grad = p.detach().to(torch.complex64)
 
 
