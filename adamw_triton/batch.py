@@ -15,6 +15,7 @@ from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
+from adamw_triton_kernels.tables import capturing, stream_of
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -84,17 +85,19 @@ class Launch:
     pieces: list[Piece]
     numbers: Numbers
     max_chunks: int
+    like: Arrays
+    """The page's arrays, without their memory."""
     layout: Layout | None = None
 
     def prepare(self, items: Sequence[Item], settings: Settings) -> Callable[[Arrays], None]:
-        """The call, wanting nothing but the page's arrays; the items are in order."""
+        """All that can fail of the call, which wants the page's arrays alone; the items are in order."""
         rows, hyper = self.numbers.at_next_step(settings)
         if self.layout is None or self.layout.rows is not rows:
             self.layout = self._lay_out(rows)
         layout = self.layout
         params = [piece.of(items[piece.position].param) for piece in self.pieces]
         grads = [piece.of(items[piece.position].grad) for piece in self.pieces]
-        return lambda arrays: self.update(params, grads, arrays, layout, hyper)
+        return self.update.prepare(params, grads, self.like, layout, hyper)
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
         return Layout(
@@ -107,13 +110,18 @@ class Launch:
 
 
 class Batch:
-    """The launches of a step on certain parameters, page by page; kept for steps on the same ones."""
+    """The launches of a step on certain parameters, page by page; kept for steps on the same ones.
+
+    Its tables are sent on the current streams, and only there are they read, replaced and freed. On another
+    they might be read before they have arrived, and their memory be used anew while they are being read.
+    """
 
     def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:
         """``page_elements``: of a page of a buffer; resident buffers are one page."""
         self.slots = [item.slot for item in items]
         self._groups = [item.group for item in items]
         self._disordered = [i for i, item in enumerate(items) if not _is_in_order(item)]
+        self._streams = {device: stream_of(device) for device in {slot.buffer.device for slot in self.slots}}
         of_buffer: dict[StateBuffer, list[int]] = defaultdict(list)
         for position, slot in enumerate(self.slots):
             of_buffer[slot.buffer].append(position)
@@ -141,6 +149,12 @@ class Batch:
         """Into the parameters what was updated in their stead."""
         for position in self._disordered:
             _copy_back(ordered[position], items[position])
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its streams are the current ones. What is captured has a stream of its own, but begins when
+        all else is done, and keeps what it reads: there any batch will do."""
+        return capturing() or all(stream_of(device) == stream for device, stream in self._streams.items())
 
     def prepare(self, items: Sequence[Item], settings: Settings) -> Work:
         """All that can fail; the items are in order."""
@@ -195,6 +209,7 @@ def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> lis
         item = items[piece.position]
         of_pair[item.param.dtype, item.grad.dtype].append(piece)
     numbers = OnDevice if buffer.steps_on_device else OnHost
+    like = page.like()
     return [
         Launch(
             update_for(buffer.format.update, buffer.device),
@@ -205,6 +220,7 @@ def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> lis
                 [items[piece.position].slot.index for piece in members],
             ),
             PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
+            like,
         )
         for members in of_pair.values()
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels import Hyper, hyper_table
-from adamw_triton_kernels.tables import DeviceTable
+from adamw_triton_kernels.tables import DeviceTable, has_float64
 from adamw_triton_kernels.work import SETTINGS, hyper_table_at
 
 
@@ -27,6 +27,7 @@ class Settings:
         self._groups = groups
         self.loss_scale = loss_scale
         self._hypers: dict[tuple[int, int], Hyper] = {}
+        self._tables: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     def of(self, group: int) -> tuple[Any, ...]:
         """In the order of ``SETTINGS``, some perhaps tensors; the loss scale is still to come."""
@@ -34,8 +35,14 @@ class Settings:
         sign = -1.0 if found["maximize"] else 1.0
         return (sign, *found["betas"], found["eps"], found["lr"], found["weight_decay"])
 
-    def hyper(self, group: int, step: int) -> Hyper:
-        """The numbers of a group at a step, on the host."""
+    def table(self, rows: tuple[tuple[int, int], ...]) -> Tensor:
+        """The numbers of each (group, step), on the host: most launches and pages want the same."""
+        known = self._tables.get(rows)
+        if known is None:
+            known = self._tables[rows] = hyper_table([self._hyper(*row) for row in rows])
+        return known
+
+    def _hyper(self, group: int, step: int) -> Hyper:
         known = self._hypers.get((group, step))
         if known is None:
             sign, beta1, beta2, eps, lr, weight_decay = map(float, self.of(group))
@@ -92,8 +99,8 @@ class OnHost:
         shared = self._shared
         if shared is None or not steps.equal(steps[shared.leaders]):
             shared = self._shared = self._share(steps)
-        hypers = [settings.hyper(self._groups[first], int(steps[first]) + 1) for first in shared.firsts]
-        return shared.rows, hyper_table(hypers)
+        numbered = tuple([(self._groups[first], int(steps[first]) + 1) for first in shared.firsts])
+        return shared.rows, settings.table(numbered)
 
     def _share(self, steps: Tensor) -> _Shared:
         leader_of: dict[tuple[int, float], int] = {}
@@ -114,11 +121,12 @@ class OnDevice:
 
     def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
         self._groups = list(dict.fromkeys(groups))
-        self._group_of = torch.tensor([self._groups.index(group) for group in groups], device=steps.device)
         self._steps = steps
         self._slots = torch.tensor(slots, device=steps.device)
         self._rows = tuple(range(len(groups)))
-        self._numbers = DeviceTable(steps.device)
+        self._there = steps.device if has_float64(steps.device) else torch.device("cpu")
+        self._group_of = torch.tensor([self._groups.index(group) for group in groups], device=self._there)
+        self._numbers = DeviceTable(self._there)
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
         numbers, there = array("d"), []
@@ -134,4 +142,5 @@ class OnDevice:
             table[row, column].copy_(value.squeeze())
         if settings.loss_scale is not None:
             table[:, 0] /= torch.as_tensor(settings.loss_scale, device=table.device)
-        return self._rows, hyper_table_at(self._steps[self._slots] + 1, table[self._group_of])
+        steps = self._steps[self._slots].to(self._there)
+        return self._rows, hyper_table_at(steps + 1, table[self._group_of])

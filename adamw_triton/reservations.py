@@ -75,8 +75,8 @@ class Reservations:
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
     def batch_of(self, stepped: Stepped, state: State) -> Batch:
-        """The launches of a step, kept for steps of the same facts. Of others everything is checked, and only
-        then given a place.
+        """The launches of a step, kept for steps of the same facts from the same streams. Of others
+        everything is checked, and only then given a place.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and this would be the first such step.
@@ -102,8 +102,9 @@ class Reservations:
 
     def _kept_for(self, facts: Facts) -> _Kept | None:
         # No generator with next(): an interrupt while it is closed would be lost.
-        for kept in self._batches:
-            if kept.facts == facts:
+        # The newest first: what is captured takes any.
+        for kept in reversed(self._batches):
+            if kept.facts == facts and kept.batch.is_here:
                 return kept
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -12,6 +13,10 @@ from adamw_triton.memory.units import format_bytes
 from adamw_triton.paging.link import Link
 from adamw_triton.selection.cards import find_card
 
+OLDEST_TORCH = (2, 7)
+"""What pyproject.toml asks for."""
+OLDEST_TRITON = (3, 3)
+"""Before it, bf16 did not compile for GPUs older than Ampere: the T4, the V100."""
 OLDEST_CAPABILITY = (7, 0)
 """The oldest NVIDIA GPUs that torch.compile lets Triton have: Volta. Whether kernels run is tried."""
 CROWDED = 0.1
@@ -51,6 +56,9 @@ Check = Callable[[Probes], Finding]
 
 
 def torch_build(machine: Probes) -> Finding:
+    if _older(machine.torch_version, OLDEST_TORCH):
+        advice = f"pip install 'torch>={_dotted(OLDEST_TORCH)}'"
+        return Finding(PROBLEM, f"{machine.torch_version} is too old", advice)
     if machine.built_for is not None:
         return Finding(OK, f"{machine.torch_version}, built for {machine.built_for}")
     text = f"{machine.torch_version}, built for CPUs only"
@@ -81,7 +89,7 @@ def gpu(machine: Probes) -> Finding:
                 "look at nvidia-smi, CUDA_VISIBLE_DEVICES, and whether the driver is too old for this torch",
             )
         return Finding(WARNING, "none: AdamW works on CPU tensors, in plain torch")
-    text = f"{found.name}, {format_bytes(found.total)}, capability {'.'.join(map(str, found.capability))}"
+    text = f"{found.name}, {format_bytes(found.total)}, capability {_dotted(found.capability)}"
     is_nvidia = machine.built_for is None or machine.built_for.startswith("CUDA")
     if is_nvidia and found.capability < OLDEST_CAPABILITY:
         return Finding(WARNING, text, "older than what Triton is tested on; the line on kernels tells")
@@ -92,6 +100,12 @@ def kernels(machine: Probes) -> Finding:
     if machine.triton_version is None:
         advice = "pip install triton (Linux only)"
         return Finding(_when_needed(machine), "triton is not installed: steps on a GPU are slow", advice)
+    if _older(machine.triton_version, OLDEST_TRITON):
+        return Finding(
+            _when_needed(machine),
+            f"Triton {machine.triton_version} is too old: bf16 does not compile for GPUs before Ampere",
+            f"pip install 'triton>={_dotted(OLDEST_TRITON)}', which torch {_dotted(OLDEST_TORCH)} brings",
+        )
     where = "they run, as plain torch does" if machine.gpu else "they compile, for a GPU that is not here"
     refusal = machine.trial(["32bit", "8bit"])
     if refusal is not None:
@@ -207,6 +221,16 @@ def _examine(name: str, check: Check, machine: Probes) -> Finding:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Finding(_when_needed(machine), reason, "report it with this output")
+
+
+def _older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether it is before that release; an unknown one is not."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) < oldest
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _when_needed(machine: Probes) -> str:

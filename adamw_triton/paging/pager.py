@@ -11,6 +11,7 @@ while the next forward runs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.paging.device import Device, Event
 from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
-from adamw_triton.state.buffers import Page
+from adamw_triton.state.buffers import Page, StateBuffer
 from adamw_triton.state.formats import round_up
 from adamw_triton.state.placement import CARVED, SMALLEST_BUDGET, Ring
 
@@ -41,6 +42,7 @@ class Pager:
         self._choice = Choice(device, transfer)
         self._transfer = COPY
         self._ring: list[Tensor] = []
+        self._reached: weakref.WeakKeyDictionary[StateBuffer, bool] = weakref.WeakKeyDictionary()
 
     def __del__(self) -> None:
         self.finish()  # or the ring's memory would be used anew while pages go out of it
@@ -55,8 +57,7 @@ class Pager:
         Raises:
             torch.OutOfMemoryError: they do not fit.
         """
-        reachable = all(self._device.reaches(array) for page, _ in work for array in page.arrays().values())
-        self._transfer = self._choice.next(reachable)
+        self._transfer = self._choice.next(all(map(self._reaches, {page.buffer for page, _ in work})))
         if self._transfer == ZERO_COPY:
             if self._choice.settled:
                 self.free()
@@ -64,6 +65,13 @@ class Pager:
             self.free()
             self._ring = self._allocate(ring)
             self._device.inbound.wait(self._device.compute.record())  # earlier work may use that memory
+
+    def _reaches(self, buffer: StateBuffer) -> bool:
+        """Asked once: what is paged stays where it is."""
+        found = self._reached.get(buffer)
+        if found is None:
+            found = self._reached[buffer] = all(map(self._device.reaches, buffer.arrays.values()))
+        return found
 
     def walk(self, work: Work) -> None:
         """Queue the updates of all pages. Any order of them would do: no two share an element."""

@@ -176,6 +176,13 @@ class Page(NamedTuple):
             for array in self.buffer.format.arrays
         }
 
+    def like(self) -> dict[str, Tensor]:
+        """Their names, sizes and dtypes, as meta tensors."""
+        return {
+            array.name: torch.empty((self.stop - self.start) // array.per, dtype=array.dtype, device="meta")
+            for array in self.buffer.format.arrays
+        }
+
 
 def make_slots(
     state_format: Format,

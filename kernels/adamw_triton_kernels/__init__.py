@@ -11,20 +11,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from adamw_triton_kernels import reference
-from adamw_triton_kernels.work import MAX_CHUNKS, Hyper, Layout, hyper_table
+from adamw_triton_kernels.work import MAX_CHUNKS, Arrays, Call, Hyper, Layout, Update, hyper_table
 
-__all__ = ["MAX_CHUNKS", "Hyper", "Layout", "Update", "hyper_table", "update_for"]
-
-Update = Callable[
-    [Sequence[torch.Tensor], Sequence[torch.Tensor], Mapping[str, torch.Tensor], Layout, torch.Tensor],
-    None,
-]
-"""(params, grads, state arrays, layout, hyper table): one step in place."""
+__all__ = ["MAX_CHUNKS", "Arrays", "Call", "Hyper", "Layout", "Update", "hyper_table", "update_for"]
 
 _log = logging.getLogger("adamw_triton")
 _told: set[str] = set()

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from adamw_triton_kernels.launch import Build, launch, locate
+from adamw_triton_kernels.launch import Build, locate, prepare
 from adamw_triton_kernels.rounding import to_dtype
 from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight
-from adamw_triton_kernels.work import Layout
+from adamw_triton_kernels.work import Arrays, Call, Layout, Update
 
 THREADS = 128
 TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
 TAIL = 256
 
 
+@Update
 def adamw_32bit(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    state: Mapping[str, torch.Tensor],
+    state: Arrays,
     layout: Layout,
     hyper: torch.Tensor,
-) -> None:
+) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
-    moments = [state["exp_avg"], state["exp_avg_sq"]]
     amsgrad = "max_exp_avg_sq" in state
-    largest = state["max_exp_avg_sq"] if amsgrad else state["exp_avg_sq"]  # not read without amsgrad
-    launch(build, params, grads, [*moments, largest], layout, hyper, AMSGRAD=amsgrad)
+    largest = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"  # not read without amsgrad
+    names = ("exp_avg", "exp_avg_sq", largest)
+    return prepare(build, params, grads, names, layout, hyper, AMSGRAD=amsgrad)
 
 
 def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,10 +18,10 @@ from adamw_triton_kernels.blockwise import (
     ratio_scale,
     sticky_scale,
 )
-from adamw_triton_kernels.launch import Build, launch, locate
+from adamw_triton_kernels.launch import Build, locate, prepare
 from adamw_triton_kernels.rounding import to_dtype
 from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight, reciprocal
-from adamw_triton_kernels.work import Layout
+from adamw_triton_kernels.work import Arrays, Call, Layout, Update
 
 THREADS = 128
 TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
@@ -30,17 +30,18 @@ TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
 TAILS = {128: 256, 256: 1024}
 
 
+@Update
 def adamw_8bit(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    state: Mapping[str, torch.Tensor],
+    state: Arrays,
     layout: Layout,
     hyper: torch.Tensor,
-) -> None:
+) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
-    codes, scales = state["exp_avg_codes"], state["exp_avg_scales"]
-    arrays = [codes, scales, state["exp_avg_sq_codes"], state["exp_avg_sq_scales"]]
-    launch(build, params, grads, arrays, layout, hyper, BLOCK=codes.numel() // scales.numel())
+    names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
+    block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
+    return prepare(build, params, grads, names, layout, hyper, BLOCK=block)
 
 
 def build(

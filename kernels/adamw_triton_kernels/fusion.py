@@ -8,16 +8,20 @@ the bits are the same (tests/kernels/test_fusion.py).
 ``torch.compile`` would look at every call anew, for 50 microseconds and more. Here the function is traced
 and its graph compiled, and what the graph takes for granted is checked once for each set of shapes: a call
 costs some 15.
+
+Compiling is for the time before a step writes: ``rehearsal`` does it, on tensors without memory, and within
+``performance`` nothing is compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import operator
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +52,27 @@ def compiles() -> bool:
 
 def in_one_pass() -> bool:
     """Whether the code that asks is being compiled."""
-    return getattr(_thread, "tracing", False)
+    return getattr(_thread, "doing", None) == "tracing"
+
+
+@contextlib.contextmanager
+def _doing(what: str) -> Iterator[None]:
+    before = getattr(_thread, "doing", None)
+    _thread.doing = what
+    try:
+        yield
+    finally:
+        _thread.doing = before
+
+
+def rehearsal() -> contextlib.AbstractContextManager[None]:
+    """Have this thread's calls, on meta tensors, compile what they would need on the CPU."""
+    return _doing("rehearsing")
+
+
+def performance() -> contextlib.AbstractContextManager[None]:
+    """Have this thread compile nothing: what was not rehearsed runs as it stands, to the same bits."""
+    return _doing("performing")
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,36 +80,53 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     graphs: dict[Any, list[_Graph]] = defaultdict(list)  # by threads, dtypes and dimensions
     known: dict[Any, _Graph] = {}  # by threads, dtypes and shapes
 
-    def graph_for(tensors: Sequence[Tensor]) -> _Graph:
-        threads = torch.get_num_threads()
-        key = (threads, *map(_DTYPE_AND_SHAPE, tensors))
-        if key not in known:
-            alike = graphs[(threads, *[(tensor.dtype, tensor.ndim) for tensor in tensors])]
-            found = next((graph for graph in alike if graph.fits(tensors)), None)
-            if found is None:
-                _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
-                found = _Graph(function, tensors)
-                alike.append(found)
-            known[key] = found
-        return known[key]
+    def compiled(key: Any, tensors: Sequence[Tensor]) -> _Graph:
+        from torch._dynamo.convert_frame import compile_lock  # of what the user compiles, too
 
-    @functools.wraps(function)
-    def run(*tensors: Tensor) -> Any:
-        first = tensors[0]
-        if not first.is_cpu or torch.compiler.is_compiling():
-            return function(*tensors)
-        if not compiles() or first.shape[0] < SMALL:
-            _Work.done += first.numel()
-            return function(*tensors)
+        with compile_lock:  # torch's compiler is not for several threads at once
+            if key not in known:
+                alike = graphs[(key[0], *[(tensor.dtype, tensor.ndim) for tensor in tensors])]
+                found = next((graph for graph in alike if graph.fits(tensors)), None)
+                if found is None:
+                    _log.info("AdamW on CPU tensors is compiled: some seconds, once (%s)", function.__name__)
+                    found = _Graph(function, tensors)
+                    alike.append(found)
+                known[key] = found
+            return known[key]
+
+    def graph_for(tensors: Sequence[Tensor]) -> _Graph | None:
+        """Compiled now if need be; None if that is not to be, or fails."""
+        if not compiles() or tensors[0].shape[0] < SMALL:
+            return None
+        key = (torch.get_num_threads(), *map(_DTYPE_AND_SHAPE, tensors))
+        graph = known.get(key)
+        if graph is not None or getattr(_thread, "doing", None) == "performing":
+            return graph
         try:
-            return graph_for(tensors)(*tensors)
-        except Exception as error:  # whatever a compiler throws, before anything has been written
+            return compiled(key, tensors)
+        except Exception as error:  # whatever a compiler throws
             _Work.refused = True
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _log.warning(
                 "torch's compiler failed, AdamW on CPU tensors runs several times slower: %s", reason
             )
+            return None
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor) -> Any:
+        first = tensors[0]
+        if torch.compiler.is_compiling():
             return function(*tensors)
+        if getattr(_thread, "doing", None) == "rehearsing":
+            graph_for([torch.empty_like(tensor, device="cpu") for tensor in tensors])
+            return function(*tensors)
+        if not first.is_cpu:
+            return function(*tensors)
+        graph = graph_for(tensors)
+        if graph is None:
+            _Work.done += first.numel()
+            return function(*tensors)
+        return graph(*tensors)
 
     return run
 
@@ -100,14 +141,11 @@ class _Graph:
 
         if torch._dynamo.config.disable:
             raise RuntimeError("TORCH_COMPILE_DISABLE is set")
-        _thread.tracing = True
-        try:
+        with _doing("tracing"):
             traced = make_fx(lambda *each: function(*each), tracing_mode="symbolic")
             graph = traced(*[_lengthened(tensor, tensors[0]) for tensor in tensors])
-        finally:
-            _thread.tracing = False
         self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        with torch._dynamo.utils.get_metrics_context():  # where the cache of torch 2.6 counts its hits
+        with torch._dynamo.utils.get_metrics_context():  # where the compiler's cache counts its hits
             self._call = torch._inductor.compile(graph, self._inputs)
         if not self.fits(tensors):
             raise RuntimeError(f"no code for shapes {[tuple(tensor.shape) for tensor in tensors]}")

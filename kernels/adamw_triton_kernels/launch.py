@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import Layout
+from adamw_triton_kernels.work import Arrays, Call, Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+ALIGNMENT = 16
+"""Bytes: the widest access of a thread."""
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -82,8 +86,8 @@ class Build:
         all_constexprs = {
             "PARAM": TL_DTYPES[param_dtype],
             "GRAD": TL_DTYPES[grad_dtype],
-            "PARAM_ALIGN": 16 if aligned else param_dtype.itemsize,
-            "GRAD_ALIGN": 16 if aligned else grad_dtype.itemsize,
+            "PARAM_ALIGN": ALIGNMENT if aligned else param_dtype.itemsize,
+            "GRAD_ALIGN": ALIGNMENT if aligned else grad_dtype.itemsize,
             **constexprs,
         }
         tables = {"addresses": "*i64", "tensors": "*i64", "chunks": "*i32", "hyper": "*fp32"}
@@ -94,6 +98,11 @@ class Build:
     def num_warps(self, warp_size: int) -> int:
         return self.threads // warp_size
 
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """Of the compiler. Multiply-adds are fused where the kernels say so, and nowhere else: what it would
+        choose differs between targets, builds, loops and versions of Triton, and with it the last bit."""
+        return {"num_warps": self.num_warps(warp_size), "enable_fp_fusion": False}
+
     @property
     def tile(self) -> int:
         """Elements of one full tile."""
@@ -103,7 +112,14 @@ class Build:
     def attrs(self) -> dict[tuple[int, ...], list[list[Any]]]:
         """Every table and state array begins at a multiple of 16 bytes."""
         pointers = [i for i, kind in enumerate(self.signature.values()) if kind.startswith("*")]
-        return {(i,): [["tt.divisibility", 16]] for i in pointers}
+        return {(i,): [["tt.divisibility", ALIGNMENT]] for i in pointers}
+
+    def compiled(self, target: GPUTarget) -> Any:
+        """Machine code. Triton's own entry would promise the compiler more, of whatever arguments came first:
+        that storages have less than 2 GiB, on AMD. What is launched on any later ones is promised nothing but
+        ``attrs``."""
+        source = ASTSource(self.fn, self.signature, self.constexprs, self.attrs)
+        return triton.compile(source, target=target, options=self.options(target.warp_size))
 
 
 BuildFunction = Callable[..., Build]
@@ -130,24 +146,43 @@ class _Tables:
         self.addresses = DeviceTable(device)
 
 
-def launch(
+def prepare(
     build: BuildFunction,
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    state: Sequence[torch.Tensor],
+    names: Sequence[str],
     layout: Layout,
     hyper: torch.Tensor,
     **variant: Any,
-) -> None:
-    """Run a kernel over all tensors of a layout.
+) -> Call:
+    """All that can fail of running a kernel over the tensors of a layout: tables are sent, kernels compiled
+    and loaded. What is returned launches.
 
-    ``params`` and ``grads`` are dense, all of one dtype each, on one device; ``hyper`` there or on the host.
-    ``variant`` are compile-time arguments of ``build``.
+    Args:
+        params, grads: dense, all of one dtype each, on one device.
+        names: of the state arrays, in the kernel's order.
+        hyper: on their device or on the host.
+        variant: compile-time arguments of ``build``.
     """
     device = params[0].device
     addresses = array("q", [t.data_ptr() for t in params])
     addresses.extend([t.data_ptr() for t in grads])
-    aligned = functools.reduce(int.__or__, addresses) % 16 == 0
+    aligned = functools.reduce(int.__or__, addresses) % ALIGNMENT == 0
+    if not aligned and (parts := _parts(layout, addresses)):
+        return _in_turn(
+            [
+                prepare(
+                    build,
+                    [params[index] for index in indices],
+                    [grads[index] for index in indices],
+                    names,
+                    part,
+                    hyper,
+                    **variant,
+                )
+                for indices, part in parts
+            ]
+        )
     key = (build, params[0].dtype, grads[0].dtype, aligned, *variant.values())
     found = layout.tables.get((device, key))
     if found is None:
@@ -155,40 +190,73 @@ def launch(
         spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, **variant)
         found = layout.tables[device, key] = (_Tables(layout, spec.tile, device), spec, key)
     tables, spec, key = found
+    load(spec, key, device)
     made_there = hyper.device == device
-    arguments = (
+    given = (
         tables.addresses.of(addresses, capturable=made_there),
         tables.tensors,
         tables.chunks,
         hyper if made_there else send(hyper, device),
-        *state,
-        len(params),
-        tables.chunk_size,
     )
-    call(spec, key, device, len(tables.chunks), arguments)
+    scalars = (len(params), tables.chunk_size)
+    programs = len(tables.chunks)
+
+    def launch(state: Arrays) -> None:
+        call(spec, key, device, programs, (*given, *[state[name] for name in names], *scalars))
+
+    return launch
+
+
+def _parts(layout: Layout, addresses: array[int]) -> list[tuple[tuple[int, ...], Layout]]:
+    """The aligned tensors and the others, as indices and layouts of their own: a few misaligned ones are not
+    to make the accesses of all of them narrow. Empty if all are misaligned. The last division is kept."""
+    count = len(layout.numels)
+    pairs = list(zip(addresses[:count], addresses[count:], strict=True))
+    misaligned = tuple(index for index, (p, g) in enumerate(pairs) if (p | g) % ALIGNMENT)
+    known, parts = layout.tables.get("parts", ((), []))
+    if known != misaligned:
+        apart = set(misaligned)
+        rest = tuple(index for index in range(count) if index not in apart)
+        parts = [(indices, layout.part(indices)) for indices in (rest, misaligned)] if rest else []
+        layout.tables["parts"] = (misaligned, parts)
+    return list(parts)
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    def launch(state: Arrays) -> None:
+        for each in calls:
+            each(state)
+
+    return launch
+
+
+def load(spec: Build, key: tuple[Any, ...], device: torch.device) -> None:
+    """Have a kernel compiled and its machine code on the device."""
+    if INTERPRETED or (key, device) in _compiled:
+        return
+    with _compiling, torch.cuda.device(device):
+        if (key, device) not in _compiled:
+            require_eager()
+            kernel = spec.compiled(triton.runtime.driver.active.get_current_target())
+            kernel[(1, 1, 1)]  # loads it
+            _compiled[key, device] = kernel
 
 
 def call(
     spec: Build, key: tuple[Any, ...], device: torch.device, programs: int, arguments: tuple[Any, ...]
 ) -> None:
-    """One kernel launch of ``programs`` programs."""
+    """One launch of ``programs`` programs of a kernel that is loaded."""
     if programs == 0:  # every tensor is empty
         return
     if INTERPRETED:
         spec.fn[(programs,)](*arguments, **spec.constexprs)
         return
     with torch.cuda.device(device):
-        kernel = _compiled.get((key, device))
-        if kernel is None:
-            warp_size = torch.cuda.get_device_properties(device).warp_size
-            kernel = _compiled[key, device] = spec.fn.warmup(
-                *arguments, **spec.constexprs, num_warps=spec.num_warps(warp_size), grid=(1,)
-            )
         # Called on the compiled kernel itself: Triton's own entry would bind, specialize and look up
         # every argument again, several times the cost of the launch.
-        if _TRITON >= (3, 3):
-            arguments += tuple(spec.constexprs.values())
-        kernel[(programs, 1, 1)](*arguments)
+        _compiled[key, device][(programs, 1, 1)](*arguments, *spec.constexprs.values())
 
 
 _compiled: dict[Any, Any] = {}
+_compiling = threading.Lock()
+"""One thread compiles, others wait: for most of them it is the same kernel."""

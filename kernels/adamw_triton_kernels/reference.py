@@ -18,15 +18,16 @@ so the noise of q does not reach it, and the ratio is bounded and close to the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from adamw_triton_kernels import fusion
 from adamw_triton_kernels.fusion import fused
-from adamw_triton_kernels.runs import Span, runs
-from adamw_triton_kernels.work import Layout
+from adamw_triton_kernels.runs import Run, Span, runs
+from adamw_triton_kernels.tables import has_float64
+from adamw_triton_kernels.work import Arrays, Call, Layout, Update
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -43,23 +44,20 @@ COARSE = 3  # codes up to this are rounded up
 DITHER_ELEMENT = 0xC13FA9A9 - 2**32  # the same modulo 2**32, and no product overflows
 
 
+@Update
 def adamw_32bit(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Mapping[str, Tensor],
-    layout: Layout,
-    hyper: Tensor,
-) -> None:
+    params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+) -> Call:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
-    chunk = WHOLE if fusion.compiles() else CHUNK
+    update = _update_amsgrad if "max_exp_avg_sq" in state else _update
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: len(state)]
     numbers = hyper[:, :7].unbind()
-    for p, g, row, at, _ in runs(params, grads, layout, chunk, GATHERED):
-        m, v = state["exp_avg"][at], state["exp_avg_sq"][at]
-        if "max_exp_avg_sq" in state:
-            _update_amsgrad(p, g, m, v, state["max_exp_avg_sq"][at], numbers[row])
-        else:
-            _update(p, g, m, v, numbers[row])
+
+    def step(run: Run, arrays: Arrays) -> None:
+        update(run.param, run.grad, *[arrays[name][run.at] for name in names], numbers[run.row])
+
+    return _prepared(step, params, grads, state, layout, plain=(CHUNK, GATHERED), compiled=(WHOLE, GATHERED))
 
 
 @fused
@@ -75,25 +73,74 @@ def _update_amsgrad(p: Tensor, g: Tensor, m: Tensor, v: Tensor, largest: Tensor,
     p.copy_(_new_weight(p, m, _sqrt(largest), numbers))
 
 
+@Update
 def adamw_8bit(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Mapping[str, Tensor],
-    layout: Layout,
-    hyper: Tensor,
-) -> None:
+    params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+) -> Call:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    chunk = FUSED_CHUNK if fusion.compiles() else CHUNK
     numbers, phases = hyper[:, :7].unbind(), hyper[:, 7].view(torch.int32).tolist()
-    for p, g, row, at, spans in runs(params, grads, layout, chunk, chunk):
+
+    def step(run: Run, arrays: Arrays) -> None:
+        p, g, row, at, spans = run
         blocks = slice(at.start // block, -(-at.stop // block))
-        part = {name: array[blocks if name.endswith("scales") else at] for name, array in state.items()}
+        part = {name: array[blocks if name.endswith("scales") else at] for name, array in arrays.items()}
         weight = _blocks(p, block)
         m, root_v, peaks = _update_8bit(weight, _blocks(g, block), *_rows(part, block), numbers[row])
         _put(p, weight)
         _encode(m, root_v, peaks, part, spans, phases[row])
+
+    chunks = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
+    return _prepared(step, params, grads, state, layout, **chunks)
+
+
+def _prepared(
+    step: Callable[[Run, Arrays], None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Arrays,
+    layout: Layout,
+    *,
+    plain: tuple[int, int],
+    compiled: tuple[int, int],
+) -> Call:
+    """``step`` on every run, as soon as it is called; ``plain``, ``compiled``: how long runs are, of one
+    tensor and of several."""
+    if fusion.compiles() and params[0].is_cpu:
+        _rehearse(step, params, grads, state, layout, compiled)
+    todo = runs(params, grads, layout, *(compiled if fusion.compiles() else plain))
+
+    def update(arrays: Arrays) -> None:
+        with fusion.performance():
+            for run in todo:
+                step(run, arrays)
+
+    return update
+
+
+def _rehearse(
+    step: Callable[[Run, Arrays], None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Arrays,
+    layout: Layout,
+    lengths: tuple[int, int],
+) -> None:
+    """Have all compiled that ``step`` calls. The code it needs depends on a run's length, and on nothing else
+    that a layout does not fix."""
+    key = ("rehearsed", params[0].dtype, grads[0].dtype, torch.get_num_threads())
+    if key in layout.tables:
+        return
+    arrays = {name: array.to("meta") for name, array in state.items()}
+    ps, gs = ([tensor.to("meta") for tensor in tensors] for tensors in (params, grads))
+    seen: set[int] = set()
+    with fusion.rehearsal():
+        for run in runs(ps, gs, layout, *lengths):
+            if (length := run.at.stop - run.at.start) not in seen:
+                seen.add(length)
+                step(run, arrays)
+    layout.tables[key] = True
 
 
 @fused
@@ -126,8 +173,11 @@ def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, numbers: Tensor) -> Tensor
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """To nearest, as the kernels' and the compiled one; torch's own on the CPU may be an ulp off."""
-    return x.sqrt() if fusion.in_one_pass() else x.double().sqrt_().float()
+    """To nearest, as the kernels' and the compiled one; torch's own on the CPU may be an ulp off, and so may
+    that of a device which lacks double precision."""
+    if fusion.in_one_pass() or not has_float64(x.device):
+        return x.sqrt()
+    return x.double().sqrt_().float()
 
 
 def decode_8bit(state: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ as a piece of a large tensor is one.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,18 +47,30 @@ def runs(
     ``gathered`` of several.
 
     Parameters share a dtype, and so do gradients. All are taken as they lie in memory, which is dense.
+    Whatever has to be allocated is, before the first run is asked for.
     """
     # All views first: between updates, which stream through the caches, making one takes twice as long.
     ps, gs = list(map(_flat, params)), list(map(_flat, grads))
-    scratch: list[Tensor] = []
-    for begin, end in list(_neighbours(layout, gathered)):
+    ranges = list(_neighbours(layout, gathered))
+    scratch = [_scratch(n, flat[0], gathered) for n, flat in enumerate((ps, gs)) if len(ranges) < len(ps)]
+    return _walk(ps, gs, layout, ranges, longest, scratch)
+
+
+def _walk(
+    ps: list[Tensor],
+    gs: list[Tensor],
+    layout: Layout,
+    ranges: list[tuple[int, int]],
+    longest: int,
+    scratch: list[Tensor],
+) -> Iterator[Run]:
+    for begin, end in ranges:
         start, row = layout.offsets[begin], layout.rows[begin]
         if end == begin + 1:
             whole = Span(layout.numels[begin], layout.firsts[begin])
             yield from _pieces(ps[begin], gs[begin], row, start, whole, longest)
         else:
             spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
-            scratch = scratch or [ps[begin].new_empty(gathered), gs[begin].new_empty(gathered)]
             yield from _together(ps[begin:end], gs[begin:end], row, start, spans, scratch)
 
 
@@ -96,6 +110,19 @@ def _neighbours(layout: Layout, gathered: int) -> Iterator[tuple[int, int]]:
             begin = index
     if layout.numels:
         yield begin, len(layout.numels)
+
+
+def _scratch(number: int, like: Tensor, numel: int) -> Tensor:
+    """The scratch tensor of that number: one for all calls that a thread has prepared, which are made one
+    after the other."""
+    key = (threading.get_ident(), number, like.device, like.dtype, numel)
+    found = _rooms.get(key)
+    if found is None:
+        found = _rooms[key] = like.new_empty(numel)
+    return found
+
+
+_rooms: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 
 
 def _flat(dense: Tensor) -> Tensor:

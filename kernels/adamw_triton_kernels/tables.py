@@ -7,6 +7,7 @@ nothing is written into them again. Nothing can be pinned during a capture: memo
 
 from __future__ import annotations
 
+import functools
 from array import array
 
 import torch
@@ -23,6 +24,23 @@ def capturing() -> bool:
     return initialized and bool(torch.cuda.is_current_stream_capturing())
 
 
+def stream_of(device: torch.device) -> int:
+    """Names the stream that takes what is queued on a device now."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether there is double precision: there is none on Apple's GPUs and on some of Intel's."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).sqrt_()
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def require_eager() -> None:
     """
     Raises:
@@ -37,8 +55,8 @@ def require_eager() -> None:
 
 def send(table: Tensor, device: torch.device) -> Tensor:
     """A host table on the device."""
-    if device.type == "cpu":
-        return table
+    if device.type != "cuda":
+        return table.to(device)
     # From pinned memory, or the copy would wait for all the work that is queued. The allocator
     # keeps the block until the copy is done.
     return table.pin_memory().to(device, non_blocking=True)
@@ -49,8 +67,8 @@ class DeviceTable:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._values: array[int] | array[float] | None = None
-        self._sent: Tensor
+        self._sent: tuple[array[int] | array[float], Tensor] | None = None
+        """Values and their table: one object, so that an interrupt finds both of one step."""
         self._rooms: list[Tensor] = []
         self._captured: list[Tensor] = []
 
@@ -61,17 +79,17 @@ class DeviceTable:
             capturable: be ready for other values, as many, during a capture.
         """
         in_graph = capturable and capturing()
-        if values == self._values:
-            sent = self._sent
+        if self._sent is not None and self._sent[0] == values:
+            sent = self._sent[1]
         elif in_graph:  # arrives at every replay, and not before: no later step may count on it
             sent = self._send_in_graph(_tensor(values))
         else:
-            sent = self._sent = send(_tensor(values).clone(), self._device)
-            self._values = values
+            sent = send(_tensor(values).clone(), self._device)
+            self._sent = (values, sent)
         if in_graph:
             self._captured.append(sent)
         elif capturable and len(self._rooms) < ROOMS:
-            pin = self._device.type != "cpu"
+            pin = self._device.type == "cuda"
             self._rooms = list(
                 torch.empty((ROOMS, len(values)), dtype=sent.dtype, device="cpu", pin_memory=pin)
             )

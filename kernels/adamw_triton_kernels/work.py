@@ -5,8 +5,9 @@ Shared by the kernels and the plain-torch twin; imports neither.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ def _packed(numbers: Tensor, phases: Tensor) -> Tensor:
 class Layout:
     """Where each of a call's tensors has its state, and which hyperparameters it takes.
 
-    One object serves every step on the same tensors: the launcher keeps its device tables here.
+    One object serves every step on the same tensors from one stream: the launcher keeps its device tables
+    here, and what is sent on a stream is read and freed on no other.
     """
 
     numels: tuple[int, ...]
@@ -110,3 +112,40 @@ class Layout:
     max_chunks: int = MAX_CHUNKS
     """Programs of the launch, at most about."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def part(self, indices: Sequence[int]) -> Layout:
+        """Of some of the tensors."""
+        return Layout(
+            numels=tuple(self.numels[index] for index in indices),
+            offsets=tuple(self.offsets[index] for index in indices),
+            firsts=tuple(self.firsts[index] for index in indices),
+            rows=tuple(self.rows[index] for index in indices),
+            max_chunks=self.max_chunks,
+        )
+
+
+Arrays = Mapping[str, Tensor]
+"""State arrays by name."""
+
+Call = Callable[[Arrays], None]
+"""An update that wants nothing but the arrays. It can be called once."""
+
+
+class Update:
+    """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table).
+
+    In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
+    sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
+    at names, dtypes and sizes alone: meta tensors will do.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor], Call]
+    ) -> None:
+        self.prepare = prepare
+        functools.update_wrapper(self, prepare)
+
+    def __call__(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+    ) -> None:
+        self.prepare(params, grads, state, layout, hyper)(state)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import Call, Update, reference
 from bench import optimizers, readme, timing, workloads
 from bench.optimizers import OPTIMIZERS, Optimizer, hand_over, runnable, told
 from bench.peers import FORMATS, Codec, Format, FormulaAdamW
@@ -81,11 +81,11 @@ def test_a_slowed_kernel_shows_in_the_ratio(monkeypatch: pytest.MonkeyPatch) -> 
     honest = step.measure(case, rows, "cpu", 0)
     update = reference.adamw_32bit
 
-    def slowed(*arguments: Any) -> None:
+    def slowed(*arguments: Any) -> Call:
         time.sleep(20 * honest.measured[ours].spread.max)
-        update(*arguments)
+        return update.prepare(*arguments)
 
-    monkeypatch.setattr(reference, "adamw_32bit", slowed)
+    monkeypatch.setattr(reference, "adamw_32bit", Update(slowed))
     found = step.measure(case, rows, "cpu", 0)
     assert found.ratio(ours, theirs) > 3 * honest.ratio(ours, theirs)
     table = step.goals(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
-from adamw_triton.doctor.checks import CHECKS, NEED_GPU, examine
+from adamw_triton.doctor.checks import CHECKS, NEED_GPU, OLDEST_TORCH, OLDEST_TRITON, examine
 from adamw_triton.doctor.machine import Gpu, User
 from adamw_triton.memory.host import Limit
 from adamw_triton.paging.link import Link
@@ -99,6 +100,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "torch for CPUs beside a driver": (
         {"gpu": None, "built_for": None},
         "torch", PROBLEM, "built for CPUs only; a GPU driver", "install torch for"),
+    "an old torch": (
+        {"torch_version": "2.6.0+cu124"}, "torch", PROBLEM, "2.6.0+cu124 is too old", "torch>=2.7"),
+    "the oldest torch": ({"torch_version": "2.7.0a0"}, "torch", OK, "2.7.0a0, built for CUDA 12.8", ""),
+    "a torch after 2.9": ({"torch_version": "2.10.0"}, "torch", OK, "2.10.0, built", ""),
+    "an old Triton": (
+        {"triton_version": "3.2.0", "kernels_answer": "AttributeError: 'dict' has no attribute 'hash'"},
+        "kernels", PROBLEM, "Triton 3.2.0 is too old: bf16 does not compile", "triton>=3.3"),
+    "an old Triton, no GPU": (
+        {**CPU_ONLY, "triton_version": "3.2.0"}, "kernels", WARNING, "3.2.0 is too old", "torch 2.7"),
+    "the oldest Triton": ({"triton_version": "3.3.0"}, "kernels", OK, "Triton 3.3.0: they run", ""),
+    "a Triton without a version": (
+        {"triton_version": "of unknown version"}, "kernels", OK, "Triton of unknown version: they run", ""),
     "torch for CPUs": (CPU_ONLY, "torch", OK, "2.13.0, built for CPUs only", ""),
     "a driver that torch does not reach": (
         {"gpu": None}, "GPU", PROBLEM, "torch reaches none, though a driver is here", "CUDA_VISIBLE_DEVICES"),
@@ -186,6 +199,12 @@ def test_a_check_that_fails_in_an_unknown_way_is_a_finding(probe: str, name: str
     findings = found(**{probe: OSError("two\nlines")})
     assert findings[name] == Finding(PROBLEM, "OSError: two lines", "report it with this output")
     assert {finding.verdict for other, finding in findings.items() if other != name} == {OK}
+
+
+def test_what_is_too_old_is_what_is_not_to_be_installed() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for name, oldest in (("torch", OLDEST_TORCH), ("triton", OLDEST_TRITON)):
+        assert f'"{name}>={oldest[0]}.{oldest[1]}' in project
 
 
 def test_checks_are_functions_of_the_machine_alone() -> None:

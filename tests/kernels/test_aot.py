@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ print("compiled", len(builds))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not find_spec("triton.knobs"), reason="this Triton does not name its disassemblers")
 @pytest.mark.parametrize("target", ["sm_75", "sm_90", "gfx942"])
 def test_kernels_compile_without_spills(target: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pytest
@@ -191,3 +192,48 @@ def _told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     assert caplog.messages == [f"{message}: {reason}"]
     assert message == "torch's compiler failed, AdamW on CPU tensors runs several times slower"
     return reason
+
+
+@pytest.mark.parametrize("state_format", [Float32(), Float32(amsgrad=True), Blockwise8(128)], ids=str)
+def test_all_is_compiled_before_anything_is_written(
+    state_format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shape has a graph of its own here, and none is missing when the update is written."""
+    problem = Problem(state_format, torch.bfloat16)
+    before = [bits.clone() for bits in problem.bits()]
+    compiled, untouched, called = [], [], []
+
+    class Graph:
+        def __init__(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+            self.function, self.shapes = function, [tensor.shape for tensor in tensors]
+            compiled.append(self)
+            untouched.append(all(map(torch.equal, problem.bits(), before)))
+
+        def fits(self, tensors: Sequence[Tensor]) -> bool:
+            return [tensor.shape for tensor in tensors] == self.shapes
+
+        def __call__(self, *tensors: Tensor) -> Any:
+            called.append(self)
+            return self.function(*tensors)
+
+    monkeypatch.setattr(fusion, "_Graph", Graph)
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    for name in ("_update", "_update_amsgrad", "_update_8bit", "_encode_v", "_encode_m"):  # forget all graphs
+        monkeypatch.setattr(reference, name, fusion.fused(getattr(reference, name).__wrapped__))
+    problem.step(1)
+    assert compiled
+    assert all(untouched)
+    assert set(called) == set(compiled)
+    assert fusion._Work.done < fusion.SMALL * 128  # what is never compiled
+
+
+@pytest.mark.slow
+def test_threads_that_compile_at_once_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "PATIENCE", 0)
+    functions = [fusion.fused(lambda x, n=n: x.mul_(n).add_(1).sqrt_()) for n in range(1, 5)]
+    given = [torch.rand(50 + n) for n in range(4)]
+    expected = [(x * n + 1).sqrt() for n, x in enumerate(given, 1)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda function, x: function(x), functions, given))
+    assert not fusion._Work.refused
+    assert all(map(torch.allclose, given, expected))

@@ -13,6 +13,7 @@ import torch
 
 import adamw_triton
 from adamw_triton_kernels import launch
+from tests import gradients
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -41,9 +42,9 @@ class Watch:
 
         class Addresses(launch.DeviceTable):
             def of(self, values: array[int] | array[float], *, capturable: bool = False) -> torch.Tensor:
-                before = getattr(self, "_sent", None)
+                before = self._sent
                 sent = super().of(values, capturable=capturable)
-                watch.sent_addresses += sent is not before
+                watch.sent_addresses += self._sent is not before
                 return sent
 
         def counting(spec: launch.Build, key: tuple[Any, ...], *rest: Any) -> None:
@@ -72,7 +73,7 @@ def model(device: str, variant: str) -> adamw_triton.AdamW:
     for i in range(TENSORS):
         param_dtype, grad_dtype = PAIRS[i % len(PAIRS)]
         param = torch.ones(NUMELS[i % len(NUMELS)], device=device, dtype=param_dtype, requires_grad=True)
-        param.grad_dtype = None  # any
+        gradients.allow(param, grad_dtype)
         param.grad = torch.ones(param.shape, device=device, dtype=grad_dtype)
         params.append(param)
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.2}]

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.state.formats import SMALLEST_8BIT
+from tests import gradients
 from tests.optimizer.problems import DTYPES, bits, parameters, set_grads, state_bits, train
 
 VARIANTS = ("32bit", "8bit")
@@ -46,7 +47,7 @@ def test_every_pair_of_dtypes_in_one_group(variant: str, pair: tuple[torch.dtype
 
     def made(dtype: torch.dtype, grad_dtype: torch.dtype) -> Parameter:
         p = Parameter(values.to(dtype, copy=True))
-        p.grad_dtype = None
+        gradients.allow(p, grad_dtype)
         p.grad = grads.to(grad_dtype)
         return p
 

@@ -14,6 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from adamw_triton import AdamW
 from adamw_triton.arguments import check_grad
+from tests import gradients
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -103,7 +104,7 @@ def _half_shape(p: Tensor) -> None:
 
 
 def _other_dtype(p: Tensor) -> None:
-    p.grad_dtype = None
+    gradients.allow(p, torch.float64)
     p.grad = p.detach().double()
 
 
@@ -112,7 +113,7 @@ def _sparse(p: Tensor) -> None:
 
 
 def _conjugate_dtype(p: Tensor) -> None:
-    p.grad_dtype = None
+    gradients.allow(p, torch.complex64)
     p.grad = p.detach().to(torch.complex64)
 
 

@@ -18,7 +18,7 @@ import adamw_triton
 from adamw_triton import AdamW, batch
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import Arrays, Call, Update, reference
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
 VARIANTS = ("8bit", "paged_32bit", "paged_8bit")
@@ -129,15 +129,20 @@ def test_a_failing_update_leaves_an_optimizer_that_says_so(
     expected = everything(trained(variant, 3))
     calls = 0
 
-    def update_for(name: str, device: torch.device) -> Callable[..., None]:
-        def update(*arguments: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == failing:
-                raise RuntimeError("out of luck")
-            getattr(reference, name)(*arguments)
+    def update_for(name: str, device: torch.device) -> Update:
+        def prepare(*arguments: Any) -> Call:
+            call = getattr(reference, name).prepare(*arguments)
 
-        return update
+            def update(arrays: Arrays) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == failing:
+                    raise RuntimeError("out of luck")
+                call(arrays)
+
+            return update
+
+        return Update(prepare)
 
     optimizer._places._batches.clear()
     with monkeypatch.context() as patch:

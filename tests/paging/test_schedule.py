@@ -176,3 +176,16 @@ def test_all_waits_are_tried() -> None:
 def test_leaving_out_nothing_changes_nothing() -> None:
     """The mutation test itself: line 0 is no wait."""
     assert not orders_that_differ(0)
+
+
+def test_memory_is_asked_for_its_kind_once_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each page of each step: a driver's call."""
+    situation = SITUATIONS["copies, three stages"]
+    buffers = [situation.buffer() for _ in range(2)]
+    asked: list[Tensor] = []
+    monkeypatch.setattr(SimulatedDevice, "reaches", lambda self, host: asked.append(host) or True)
+    pager = Pager(SimulatedDevice(random_order(0)), "auto")
+    work = [(page, lambda arrays: None) for buffer in buffers for page in situation.cut(buffer, range(7))]
+    for _ in range(3):
+        pager.prepare(work, Ring(1 << 12, 3))
+    assert sorted(map(id, asked)) == sorted(id(a) for buffer in buffers for a in buffer.arrays.values())
