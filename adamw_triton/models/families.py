@@ -6,6 +6,7 @@ against the model that transformers builds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,23 +48,55 @@ FAMILIES = {
 }
 
 
-def weights_of(config: Mapping[str, Any], dtype: str) -> list[Weight]:
-    """The weights that transformers gives the causal language model of this config.
+HEADS: Mapping[str, tuple[str, bool, int]] = {
+    "ForCausalLM": ("lm_head", False, 0),
+    "Model": ("", False, 0),
+    "ForSequenceClassification": ("score", False, 0),
+    "ForTokenClassification": ("score", True, 0),
+    "ForQuestionAnswering": ("qa_outputs", True, 2),
+}
+"""By the end of the class's name: the head's, whether it has a bias, its rows; 0 for one a word or a label.
+Reward models are classifiers of sequences."""
+
+
+def weights_of(config: Mapping[str, Any], dtype: str, why: str = "") -> list[Weight]:
+    """The weights that transformers gives the model of this config.
+
+    Args:
+        config: says the class in ``architectures``, else it is the causal language model.
+        dtype: of the weights.
+        why: nobody who knows more was asked, for errors.
 
     Raises:
-        ModelFileError: the family is not known, or a size is missing or absurd.
+        ModelFileError: the family or the class is not known, or a size is missing or absurd.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelFileError(
-            f"the weights of model_type {name!r:.60} cannot be told from config.json alone (only those of "
-            f"{', '.join(FAMILIES)}): put its safetensors files beside it, or give --params"
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone{why}: only those of "
+            f"{', '.join(FAMILIES)}. Install transformers, put its safetensors files beside it, or give --params"
         )
     family = FAMILIES[name]
-    return [Weight(name, shape, dtype) for name, shape in _shapes({**family.defaults, **config}, family)]
+    shapes = _shapes({**family.defaults, **config}, family, _head(config, why))
+    return [Weight(name, shape, dtype) for name, shape in shapes]
 
 
-def _shapes(config: Mapping[str, Any], family: Family) -> Shapes:
+def _head(config: Mapping[str, Any], why: str) -> str:
+    """The end of the class's name, from what comes before it on."""
+    classes = config.get("architectures")
+    if not classes:
+        return "ForCausalLM"
+    name = classes[0] if isinstance(classes, list) else classes
+    found = re.search(r"(For[A-Z]\w*|Model)$", name) if isinstance(name, str) else None
+    if found is None or found[0] not in HEADS:
+        raise ModelFileError(
+            f"the weights of a {name!r:.60} cannot be told from config.json alone{why}: only those of classes that "
+            f"end in {', '.join(HEADS)}. Install transformers, or put its safetensors files beside it"
+        )
+    return found[0]
+
+
+def _shapes(config: Mapping[str, Any], family: Family, head: str) -> Shapes:
     hidden, vocabulary = _required(config, "hidden_size"), _required(config, "vocab_size")
     layer = list(_layer(config, family, hidden))
     yield "model.embed_tokens.weight", (vocabulary, hidden)
@@ -71,8 +104,20 @@ def _shapes(config: Mapping[str, Any], family: Family) -> Shapes:
         for name, shape in layer:
             yield f"model.layers.{number}.{name}", shape
     yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", (vocabulary, hidden)
+    name, biased, rows = HEADS[head]
+    if name == "lm_head":
+        rows = 0 if config.get("tie_word_embeddings", False) else vocabulary
+    elif name and not rows:
+        rows = _labels(config)
+    if rows:
+        yield f"{name}.weight", (rows, hidden)
+        if biased:
+            yield f"{name}.bias", (rows,)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) and names else size(config, "num_labels") or 2
 
 
 def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:

@@ -108,7 +108,7 @@ def workload(weights: Sequence[Weight], run: Run) -> Workload:
     floating = [weight for weight in weights if _FLOATING.match(weight.dtype)]
     return Workload(
         itemsize=dtype.itemsize,
-        gradients=0 if run.rank is not None else sum(w.numel for w in floating) * dtype.itemsize,
+        gradients=0 if run.rank is not None else sum(w.numel for w in floating if w.trained) * dtype.itemsize,
         tied=not any(_HEAD.search(weight.name) for weight in weights),
         adapted_inputs=sum(weight.shape[1] for weight in adapted(weights, run)),
         largest_quantized=run.quantized * max(weight.numel * is_linear(weight) for weight in weights),
@@ -116,8 +116,9 @@ def workload(weights: Sequence[Weight], run: Run) -> Workload:
 
 
 def is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a projection inside the model, going by its name and shape."""
-    return len(weight.shape) == 2 and weight.name.endswith(".weight") and not _NOT_LINEAR.search(weight.name)
+    """Whether it is the matrix of a projection inside the model: by its name and shape, if nobody knows better."""
+    named = len(weight.shape) == 2 and weight.name.endswith(".weight") and not _NOT_LINEAR.search(weight.name)
+    return named and weight.linear is not False
 
 
 def nf4_bytes(numel: int) -> int:
@@ -134,7 +135,7 @@ def _held(weight: Weight, run: Run) -> Iterator[Tensor]:
         dtype = run.dtype or _STORED.get(weight.dtype)
         if dtype is None:
             raise ModelFileError(f"{weight.name!r} is stored as {weight.dtype}: give the --dtype to train in")
-        yield _meta(weight.shape, dtype, trained=run.rank is None)
+        yield _meta(weight.shape, dtype, trained=run.rank is None and weight.trained)
 
 
 def _bits(weight: Weight) -> int:

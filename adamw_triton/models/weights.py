@@ -22,10 +22,18 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """As safetensors writes it: "F32", "BF16", ..."""
+    linear: bool | None = None
+    """Whether it is the matrix of a linear layer; None where only its name and shape can tell."""
+    trained: bool = True
+    """False: the architecture itself freezes it, as Whisper does its positions."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+class IncompleteError(ModelFileError):
+    """An index lists files that are not there."""
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
