@@ -103,7 +103,7 @@ def read_dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
         return None, str(error)
     if missing:
         return None, f"nothing tells {', '.join(missing)}" if config else "nothing tells the model's dimensions"
-    return found, f"what {' and '.join(beside)} make is left out" if beside else ""
+    return found, f"without the part of its {' and its '.join(beside)}" if beside else ""
 
 
 _PARTS = ("vision_config", "audio_config", "speech_config", "qformer_config")

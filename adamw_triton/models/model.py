@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from adamw_triton.models import elsewhere, quantized, stored
 from adamw_triton.models.architecture import Build, CannotBuildError, unknown
-from adamw_triton.models.config import Dimensions, check_sizes, read_dimensions, read_dtype
-from adamw_triton.models.families import weights_of
+from adamw_triton.models.config import Dimensions, check_sizes, language_part, read_dimensions, read_dtype
+from adamw_triton.models.families import FAMILIES, weights_of
 from adamw_triton.models.headers import read_header, read_shards
 from adamw_triton.models.weights import IncompleteError, ModelFileError, Weight, cannot_read, read_json
 
@@ -112,7 +112,7 @@ def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None
     config = quantized.without(said or {})
     sized = check_sizes(config)
     dtype = _dtype(held) or read_dtype(config) or "F32"  # as transformers takes it
-    dimensions, remark = read_dimensions(config)
+    dimensions, remark = _dimensions(config)
     why = " (config.json names no sizes)" if said is not None and not sized else ""
     if sized and build is not unknown:
         try:
@@ -121,13 +121,22 @@ def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None
             why = f" ({error})"
         else:
             counted = built.by + _difference(built.weights, () if packed else held)
-            dimensions, remark = read_dimensions({**config, **built.config})
+            dimensions, remark = _dimensions({**config, **built.config})
             return Model(name, built.weights, dimensions, counted, remark, packed is not None)
     if packed is None and files is not None:
         weights, by = stored.parameters(held, config), "headers of its files"
     else:
         weights, by = weights_of(config, dtype, why), f"config.json, as a {config['model_type']}"
     return Model(name, weights, dimensions, by + why, remark, packed is not None)
+
+
+def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
+    """And what is to be said of them: the accounting is that of Llama's family."""
+    found, remark = read_dimensions(config)
+    kind = language_part(config).get("model_type")
+    if found is None or kind in FAMILIES or kind is None:
+        return found, remark
+    return found, ", ".join(filter(None, (f"as if a {kind} were a Llama of its sizes", remark)))
 
 
 def _dtype(held: Sequence[Weight]) -> str | None:

@@ -19,7 +19,7 @@ _BUFFER = re.compile(
     r"(inv_freq|(cos|sin)_cached|running_(mean|var)|masked_bias|final_logits_bias|embed_scale|attn_mask|\w*_ids"
     r"|\w*position_index|causal_mask|num_batches_tracked)$"
 )
-_EMBEDDING = re.compile(r"(^|\.)(shared|embed_tokens|wte|tok_embeddings|embed_in|word_embeddings)\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(shared|embed_tokens|wte|tok_embeddings|embed_in|(word_)?embeddings)\.weight$")
 _HEAD = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|output|proj_out|predictions\.decoder|generator_lm_head|vocab_projector)"
     r"\.weight$"
@@ -40,7 +40,10 @@ def parameters(stored: Sequence[Weight], config: Mapping[str, Any]) -> list[Weig
     tied = _is_tied(config)
     shared = any(re.search(r"(^|\.)shared\.weight$", weight.name) for weight in stored)
     found, seen = [], set()
+    names = {weight.name for weight in stored}
     for weight in sorted(stored, key=lambda weight: bool(_HEAD.search(weight.name))):
+        if weight.name.endswith(".decoder.bias") and weight.name.replace(".decoder.bias", ".bias") in names:
+            continue  # BERT's heads have theirs under two names
         is_embedding, is_head = _EMBEDDING.search(weight.name), _HEAD.search(weight.name)
         if (is_embedding and (tied or shared)) or (is_head and tied):
             if weight.shape in seen:

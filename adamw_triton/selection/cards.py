@@ -104,28 +104,21 @@ def find_card(name: str) -> Card:
 
 
 def parse_gpu(value: int | str, name: str) -> Card | int:
-    """The card that is meant, or bytes of memory; ``name`` is the argument's. A number without a unit is a
-    card's before it is bytes.
+    """The card that is meant, or bytes of memory; ``name`` is the argument's. A number without a unit is that of
+    a card, as in ``"4090"``, before it is bytes.
 
     Raises:
         ValueError: it is neither, or less memory than any GPU has.
     """
-    unknown = ""
     if isinstance(value, str):
         try:
             return find_card(value)
         except ValueError as error:
-            unknown = str(error)
-    try:
-        size = parse_bytes(value, name)
-    except ValueError:
-        if not unknown:
-            raise
-        raise ValueError(f"Invalid {name}: {unknown}; or give its memory, like '24GiB'") from None
+            if value.lstrip()[:1] not in tuple("+-.0123456789"):
+                raise ValueError(f"Invalid {name}: {error}; or give its memory, like '24GiB'") from None
+    size = parse_bytes(value, name)
     if size < SMALLEST:
-        raise ValueError(
-            f"Invalid {name}: {value!r} means {format_bytes(size)} of memory; give a unit too, like '24GiB'"
-        )
+        raise ValueError(f"Invalid {name}: {value!r} means {format_bytes(size)}, and no GPU has so little")
     return size
 
 

@@ -67,7 +67,7 @@ def test_a_real_model_takes_what_was_estimated(
     """Beside the gradients, which are told exactly: never 2% more; and no less than a tenth, and the weights
     of a layer, whose gradients are counted as there while it is in backward."""
     config = SHAPE | change
-    dimensions = read_dimensions(config)
+    dimensions, _ = read_dimensions(config)
     assert dimensions is not None
     batch = Batch(1, length, checkpointing, accumulating)
     real, gradients = measured(config, batch, dtype)
@@ -78,7 +78,7 @@ def test_a_real_model_takes_what_was_estimated(
 
 
 def test_it_grows_with_all_that_it_depends_on() -> None:
-    dimensions = read_dimensions(SHAPE)
+    dimensions, _ = read_dimensions(SHAPE)
     assert dimensions is not None
     frozen = Workload(2)
     least = estimate(dimensions, Batch(1, 64), frozen)
