@@ -59,9 +59,9 @@ def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
     kind = _class_of(config, settings, name)
     with torch.device("meta"):
         model = kind(_fitting(settings, kind, name))
-    linear = _linear_weights(model)
+    tables = _tables(model)
     weights = [
-        Weight(key, tuple(param.shape), dtype, id(param) in linear, param.requires_grad)
+        Weight(key, tuple(param.shape), dtype, id(param) not in tables, param.requires_grad)
         for key, param in model.named_parameters()  # tied ones once
     ]
     inner = settings.get_text_config()
@@ -95,16 +95,15 @@ def _fitting(settings: Any, kind: Any, name: str) -> Any:
     raise CannotBuildError(f"{name} makes no {kind.__name__} of model_type {settings.model_type!r}")
 
 
-def _linear_weights(model: Any) -> set[int]:
-    """Ids of the matrices of linear layers, but for the one that scores the vocabulary."""
+def _tables(model: Any) -> set[int]:
+    """Ids of the matrices that embed, or that score the vocabulary."""
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     return {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, nn.Embedding) or (module is head and head is not None)
     }
 
 

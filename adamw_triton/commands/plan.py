@@ -237,7 +237,7 @@ def count_activations(
     if model.dimensions is None:
         return None, f"not counted: {model.remark}; give --activations"
     batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1)
-    count = estimate(model.dimensions, batch, workload(model.weights, run))
+    count = estimate(model.dimensions, batch, workload(model.weights, run, model.dimensions.visited))
     return count, (
         f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
         f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"

@@ -42,6 +42,8 @@ class Dimensions(NamedTuple):
     """Heads times width of a head."""
     key_width: int
     """The same of the keys, which fewer heads may share."""
+    visited: int = 1
+    """Experts of a layer that a token goes through."""
 
 
 def size(config: Mapping[str, Any], key: str) -> int | None:
@@ -116,14 +118,16 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, list[str]
     if hidden is None or layers is None or vocabulary is None or heads is None:
         return None, [key for key in needed if size(config, key) is None]
     head_dim = size(config, "head_dim") or max(1, hidden // heads)
+    visited = size(config, "num_experts_per_tok") or 1
     expert = size(config, "moe_intermediate_size") or size(config, "intermediate_size") or 4 * hidden
     return Dimensions(
         hidden=hidden,
         layers=layers,
         vocabulary=vocabulary,
-        intermediate=expert * (size(config, "num_experts_per_tok") or 1),
+        intermediate=expert * visited,
         query_width=heads * head_dim,
         key_width=(size(config, "num_key_value_heads") or heads) * head_dim,
+        visited=visited,
     ), []
 
 

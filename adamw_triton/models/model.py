@@ -52,7 +52,10 @@ def _read(path: Path, build: Build) -> Model:
     if path.name.endswith(".safetensors.index.json"):
         return _count(path.resolve().parent.name, _config(path.parent), _some(read_shards(path), path), build)
     if path.name.endswith(".json"):
-        return _count(path.resolve().parent.name, read_json(path), None, build)
+        config = read_json(path)
+        if "model_type" not in config:
+            raise ModelFileError(f"{path} is not a model's config.json: it names no model_type")
+        return _count(path.resolve().parent.name, config, None, build)
     whole = build if _is_main(path) else unknown
     return _count(path.name, _config(path.parent), _some(read_header(path), path), whole)
 
@@ -109,6 +112,10 @@ def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None
     held = stored.without_buffers(files or ())
     packed = quantized.find(said or {}, held)
     quantized.require_numbers(name, packed)
+    if packed is not None and said is None:
+        raise ModelFileError(
+            f"the projections of {name} are 4 bits of bitsandbytes, and tell no shapes: its config.json must lie beside"
+        )
     config = quantized.without(said or {})
     sized = check_sizes(config)
     dtype = _dtype(held) or read_dtype(config) or "F32"  # as transformers takes it
@@ -134,9 +141,9 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
     """And what is to be said of them: the accounting is that of Llama's family."""
     found, remark = read_dimensions(config)
     kind = language_part(config).get("model_type")
-    if found is None or kind in FAMILIES or kind is None:
+    if found is None or kind is None or str(kind) in FAMILIES:
         return found, remark
-    return found, ", ".join(filter(None, (f"as if a {kind} were a Llama of its sizes", remark)))
+    return found, ", ".join(filter(None, (f"as if a {kind!s:.40} were a Llama of its sizes", remark)))
 
 
 def _dtype(held: Sequence[Weight]) -> str | None:

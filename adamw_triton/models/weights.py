@@ -22,8 +22,8 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """As safetensors writes it: "F32", "BF16", ..."""
-    linear: bool | None = None
-    """Whether it is the matrix of a linear layer; None where only its name and shape can tell."""
+    linear: bool = True
+    """False: known to be no projection, whatever its name and shape say: an embedding, or the head."""
     trained: bool = True
     """False: the architecture itself freezes it, as Whisper does its positions."""
 

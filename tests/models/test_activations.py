@@ -88,6 +88,6 @@ def test_it_grows_with_all_that_it_depends_on() -> None:
     assert estimate(dimensions, Batch(1, 64), Workload(2, adapted_inputs=600)) == least + 64 * 4 * 600 // 6
     assert estimate(dimensions, Batch(1, 64, checkpointing=False), frozen) > least
     assert estimate(dimensions, Batch(1, 64), Workload(2, largest_quantized=10**6)) == least + 2 * 10**6
-    for name in dimensions._fields:
+    for name in set(dimensions._fields) - {"visited"}:  # that is in the width of the feed-forward already
         grown = dimensions._replace(**{name: 100 * getattr(dimensions, name)})
         assert estimate(grown, Batch(1, 64), frozen) > least, name
