@@ -104,7 +104,10 @@ def read_dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
     except ModelFileError as error:
         return None, str(error)
     if missing:
-        return None, f"nothing tells {', '.join(missing)}" if config else "nothing tells the model's dimensions"
+        return (
+            None,
+            f"nothing tells {', '.join(missing)}" if config else "nothing tells the model's dimensions",
+        )
     return found, f"without the part of its {' and its '.join(beside)}" if beside else ""
 
 

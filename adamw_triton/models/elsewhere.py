@@ -7,9 +7,7 @@ from pathlib import Path
 
 from adamw_triton.models.weights import ModelFileError
 
-_PICKLE = (
-    "a pickle of PyTorch, which is not opened: name a folder with the model's config.json, or save it as safetensors"
-)
+_PICKLE = "a pickle of PyTorch, which is not opened: name a folder with the model's config.json, or save it as safetensors"
 _FORMATS = {
     r"\.gguf": "GGUF, a format of llama.cpp for running models: name the folder of the original model",
     r"\.bin\.index\.json": "an index of pickles, which are not opened: name a folder with the model's config.json",

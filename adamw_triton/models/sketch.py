@@ -15,9 +15,9 @@ SMALLEST = 3 * 10**8
 """Parameters; smaller models differ too much in their embeddings' share."""
 LARGEST = 10**13
 
-_WIDE = 2.7
+_WIDE = 2.8
 """Hidden size over the cube root of the parameters, at most: Command R+ has 2.6, Llama 3 8B 2.0."""
-_DEEP, _DEEPER = 54, 0.145
+_DEEP, _DEEPER = 54, 0.155
 """Layers of 1e9 parameters, at most (MobileLLM 1B); and by which power of the parameters they grow: DeepSeek 67B
 has 95, Llama 3.1 405B 126."""
 _GRAIN = 128
@@ -38,9 +38,13 @@ def sketches(parameters: int, dtype: str = "BF16") -> Sequence[Model]:
     if parameters < SMALLEST:
         weights = [Weight("weights", (parameters,), dtype)]
         counted = f"guessed from their number; below {SMALLEST:.0e} that tells no shape"
-        return [Model(_name(parameters), weights, None, counted, "a number of parameters tells no dimensions")]
+        return [
+            Model(_name(parameters), weights, None, counted, "a number of parameters tells no dimensions")
+        ]
     return [
-        _model(parameters, shape(parameters, tied), dtype) for tied in (True, False) for shape in (_wide, _deep)
+        _model(parameters, shape(parameters, tied), dtype)
+        for tied in (True, False)
+        for shape in (_wide, _deep)
     ]
 
 

@@ -19,7 +19,9 @@ _BUFFER = re.compile(
     r"(inv_freq|(cos|sin)_cached|running_(mean|var)|masked_bias|final_logits_bias|embed_scale|attn_mask|\w*_ids"
     r"|\w*position_index|causal_mask|num_batches_tracked)$"
 )
-_EMBEDDING = re.compile(r"(^|\.)(shared|embed_tokens|wte|tok_embeddings|embed_in|(word_)?embeddings)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(shared|embed_tokens|wte|tok_embeddings|embed_in|(word_)?embeddings)\.weight$"
+)
 _HEAD = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|output|proj_out|predictions\.decoder|generator_lm_head|vocab_projector)"
     r"\.weight$"

@@ -71,7 +71,10 @@ def test_help_is_what_was_asked_for(
 
 @pytest.mark.parametrize("before", [(), ("-m",)])
 def test_help_after_the_script_is_the_scripts(
-    before: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    before: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "helped.py").write_text("import sys; print(sys.argv[1:])")
     monkeypatch.syspath_prepend(str(tmp_path))

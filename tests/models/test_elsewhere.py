@@ -44,7 +44,10 @@ FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({}, "has neither safetensors files nor a config.json: it is empty"),
     "other files": ({"README.md": 1}, r"has neither safetensors files nor a config.json$"),
     "pickles": ({"pytorch_model.bin": 1}, "has 'pytorch_model.bin', a pickle of PyTorch"),
-    "Meta's": ({"consolidated.00.pth": 1, "params.json": {}}, "has 'consolidated.00.pth', a pickle of PyTorch"),
+    "Meta's": (
+        {"consolidated.00.pth": 1, "params.json": {}},
+        "has 'consolidated.00.pth', a pickle of PyTorch",
+    ),
     "GGUF": ({"a.gguf": 1}, "has 'a.gguf', GGUF, a format of llama.cpp"),
     "GGUF and a config": ({"a.gguf": 1, "config.json": {"model_type": "llama"}}, "has 'a.gguf', GGUF"),
     "GGUF and a whole config": ({"a.gguf": 1, "config.json": CONFIG}, "has 'a.gguf', GGUF"),

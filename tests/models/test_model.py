@@ -242,4 +242,3 @@ def test_thirty_shards_are_read_in_no_time(tmp_path: Path) -> None:
     assert {weight.name: weight.shape for weight in weights} == shapes
     assert seconds < 0.5
     assert count < 400_000
-

@@ -18,8 +18,14 @@ LLAMA = {
 Q = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 FORMATS: dict[str, tuple[Tensors, dict[str, Any]]] = {
-    "GPTQ": ({f"{Q}.qweight": ("I32", (8, 64)), f"{Q}.scales": ("F16", (1, 64))}, {"quant_method": "gptq", "bits": 4}),
-    "AWQ": ({f"{Q}.qweight": ("I32", (64, 8)), f"{Q}.qzeros": ("I32", (1, 8))}, {"quant_method": "awq", "bits": 4}),
+    "GPTQ": (
+        {f"{Q}.qweight": ("I32", (8, 64)), f"{Q}.scales": ("F16", (1, 64))},
+        {"quant_method": "gptq", "bits": 4},
+    ),
+    "AWQ": (
+        {f"{Q}.qweight": ("I32", (64, 8)), f"{Q}.qzeros": ("I32", (1, 8))},
+        {"quant_method": "awq", "bits": 4},
+    ),
     "bitsandbytes, 8 bits": (
         {f"{Q}.weight": ("I8", (64, 64)), f"{Q}.SCB": ("F32", (64,))},
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -37,7 +43,10 @@ FORMATS: dict[str, tuple[Tensors, dict[str, Any]]] = {
         {"quant_method": "mxfp4"},
     ),
     "HQQ": ({f"{Q}.W_q": ("U8", (32, 64))}, {"quant_method": "hqq"}),
-    "EETQ": ({f"{Q}.weight": ("I8", (64, 64)), f"{Q}.weight_scales": ("F16", (64,))}, {"quant_method": "eetq"}),
+    "EETQ": (
+        {f"{Q}.weight": ("I8", (64, 64)), f"{Q}.weight_scales": ("F16", (64,))},
+        {"quant_method": "eetq"},
+    ),
     "AQLM": ({f"{Q}.codebooks": ("F16", (1, 256, 1, 8))}, {"quant_method": "aqlm"}),
     "quanto": ({f"{Q}.weight._data": ("I8", (64, 64))}, {"quant_method": "quanto"}),
     "MLX": ({f"{Q}.weight": ("U32", (640, 80))}, {"group_size": 64, "bits": 4}),
@@ -64,7 +73,9 @@ def write_folder(path: Path, config: dict[str, Any] | None, tensors: Tensors | N
     return path
 
 
-@pytest.mark.parametrize("told_by", ["both", "names", "names alone", "config", "config alone", "a part's config"])
+@pytest.mark.parametrize(
+    "told_by", ["both", "names", "names alone", "config", "config alone", "a part's config"]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_weights_are_refused_by_name(name: str, told_by: str, tmp_path: Path) -> None:
     tensors, description = FORMATS[name]
@@ -75,8 +86,16 @@ def test_packed_weights_are_refused_by_name(name: str, told_by: str, tmp_path: P
         config = {**LLAMA, "text_config": {key: description}}
     elif told_by.startswith("names"):
         config = LLAMA if told_by == "names" else None
-    files = None if told_by == "config alone" else tensors if told_by in ("both", "names", "names alone") else plain
-    with pytest.raises(ModelFileError, match=r"is quantized, in .*: such weights cannot be trained. Name a folder"):
+    files = (
+        None
+        if told_by == "config alone"
+        else tensors
+        if told_by in ("both", "names", "names alone")
+        else plain
+    )
+    with pytest.raises(
+        ModelFileError, match=r"is quantized, in .*: such weights cannot be trained. Name a folder"
+    ):
         read_model(write_folder(tmp_path, config, files))
 
 
@@ -99,7 +118,9 @@ def test_a_base_in_4_bits_is_read_as_what_it_was(
 
 
 def test_without_a_config_codes_do_not_tell_what_they_were(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"are 4 bits of bitsandbytes, and tell no shapes: its config\.json must"):
+    with pytest.raises(
+        ModelFileError, match=r"are 4 bits of bitsandbytes, and tell no shapes: its config\.json must"
+    ):
         read_model(write_folder(tmp_path, None, NF4))
 
 
