@@ -1,4 +1,4 @@
-"""The weights of any architecture that transformers knows, exactly: built from config.json on the meta device.
+"""The weights of any architecture that transformers knows: built from config.json on the meta device.
 
 transformers is imported here when it is needed, and never runs code of the model's own nor asks the network.
 """

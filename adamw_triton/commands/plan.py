@@ -214,8 +214,8 @@ def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
 
     if model.quantized and arguments.lora is None:
         raise ValueError(
-            f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give --lora RANK, "
-            "or name a folder of the model in 16 or 32 bits"
+            f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give --lora "
+            "RANK, or name a folder of the model in 16 or 32 bits"
         )
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],

@@ -9,7 +9,7 @@ from pathlib import Path
 USAGE = """\
 usage: python -m adamw_triton.huggingface (SCRIPT.py | -m MODULE) [ARGUMENT ...]
 
-runs a training script, or a module, with the optimizers adamw_triton, adamw_triton_8bit, ... known to --optim"""
+runs a training script, or a module; its --optim knows adamw_triton, adamw_triton_8bit, ..."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Which weights a model on disk has, without loading any and without running anybody's code.
 
-``read_model`` takes a folder, a safetensors file or a config.json. Needs nothing but Python; whoever can build
-an architecture (``adamw_triton.architectures``) is given to it as a function.
+``read_model`` takes a folder, a safetensors file or a config.json. Needs nothing but Python; who can build an
+architecture (``adamw_triton.architectures``) is given to it as a function.
 """
 
 from adamw_triton.models.config import Dimensions

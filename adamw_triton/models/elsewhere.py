@@ -7,12 +7,12 @@ from pathlib import Path
 
 from adamw_triton.models.weights import ModelFileError
 
-_PICKLE = "a pickle of PyTorch, which is not opened: name a folder with the model's config.json, or save it as safetensors"
+_OTHERWISE = "name a folder with the model's config.json"
 _FORMATS = {
     r"\.gguf": "GGUF, a format of llama.cpp for running models: name the folder of the original model",
-    r"\.bin\.index\.json": "an index of pickles, which are not opened: name a folder with the model's config.json",
-    r"\.(bin|pt|pth|ckpt|pkl)": _PICKLE,
-    r"\.(h5|msgpack|onnx|tflite|npz)": "weights for another library: name a folder with the model's config.json",
+    r"\.bin\.index\.json": f"an index of pickles, which are not opened: {_OTHERWISE}",
+    r"\.(bin|pt|pth|ckpt|pkl)": f"a pickle of PyTorch, which is not opened: {_OTHERWISE}, or convert it",
+    r"\.(h5|msgpack|onnx|tflite|npz)": f"weights for another library: {_OTHERWISE}",
 }
 """By the end of a file's name."""
 _ADAPTER = "a PEFT adapter: name the folder of its base model, and --lora"
@@ -60,8 +60,8 @@ def check_folder(path: Path) -> None:
 
 
 def refuse_bare(path: Path, config: bool) -> None:
-    """Refuse a folder without safetensors files, unless its config.json alone can be counted from. That beside
-    a GGUF file often says next to nothing.
+    """Refuse a folder without safetensors files, unless its config.json can be counted from. That beside a
+    GGUF file often says next to nothing.
 
     Raises:
         ModelFileError: as of ``check_file``.

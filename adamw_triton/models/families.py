@@ -73,8 +73,9 @@ def weights_of(config: Mapping[str, Any], dtype: str, why: str = "") -> list[Wei
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelFileError(
-            f"the weights of model_type {name!r:.60} cannot be told from config.json alone{why}: only those of "
-            f"{', '.join(FAMILIES)}. Install transformers, put its safetensors files beside it, or give --params"
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone{why}: only those "
+            f"of {', '.join(FAMILIES)}. Install transformers, put its safetensors files beside it, or give "
+            "--params"
         )
     family = FAMILIES[name]
     shapes = _shapes({**family.defaults, **config}, family, _head(config, why))
@@ -90,8 +91,8 @@ def _head(config: Mapping[str, Any], why: str) -> str:
     found = re.search(r"(For[A-Z]\w*|Model)$", name) if isinstance(name, str) else None
     if found is None or found[0] not in HEADS:
         raise ModelFileError(
-            f"the weights of a {name!r:.60} cannot be told from config.json alone{why}: only those of classes that "
-            f"end in {', '.join(HEADS)}. Install transformers, or put its safetensors files beside it"
+            f"the weights of a {name!r:.60} cannot be told from config.json alone{why}: only those of "
+            f"classes in {', '.join(HEADS)}. Install transformers or put its safetensors files beside it"
         )
     return found[0]
 

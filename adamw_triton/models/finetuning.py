@@ -54,8 +54,8 @@ def tensors(weights: Sequence[Weight], run: Run) -> list[Tensor]:
     """On the meta device; those that are trained require gradients.
 
     LoRA gives a projection of shape [m, n] two adapters, [rank, n] and [m, rank]. They are fp32, as
-    PEFT keeps them whatever the model's dtype. A stack of experts has the rank once for each, and twice where it
-    makes gate and up.
+    PEFT keeps them whatever the model's dtype. A stack of experts has the rank once for each, and twice where
+    it makes gate and up.
 
     Raises:
         ModelFileError: nothing can be trained so.
@@ -108,7 +108,7 @@ def dtype_of(weights: Sequence[Weight], run: Run) -> torch.dtype:
 
 
 def workload(weights: Sequence[Weight], run: Run, visited: int = 1) -> Workload:
-    """What the estimate of activations has to know; ``visited``: experts of a layer that a token goes through."""
+    """What the estimate of activations has to know; ``visited``: experts of a layer that a token visits."""
     dtype = dtype_of(weights, run)
     floating = [weight for weight in weights if _FLOATING.match(weight.dtype)]
     return Workload(
@@ -121,7 +121,7 @@ def workload(weights: Sequence[Weight], run: Run, visited: int = 1) -> Workload:
 
 
 def is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a projection inside the model: by its name and shape, if nobody knows better."""
+    """Whether it is the matrix of a projection inside the model: by name and shape, unless it is known."""
     named = len(weight.shape) == 2 and weight.name.endswith(".weight") and not _NOT_LINEAR.search(weight.name)
     return named and weight.linear
 

@@ -114,7 +114,8 @@ def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None
     quantized.require_numbers(name, packed)
     if packed is not None and said is None:
         raise ModelFileError(
-            f"the projections of {name} are 4 bits of bitsandbytes, and tell no shapes: its config.json must lie beside"
+            f"the projections of {name} are 4 bits of bitsandbytes, and tell no shapes: its config.json must "
+            "lie beside"
         )
     config = quantized.without(said or {})
     sized = check_sizes(config)

@@ -70,8 +70,8 @@ def require_numbers(name: str, found: Quantized | None) -> None:
     """
     if found is not None and not found.is_4bit_base:
         raise ModelFileError(
-            f"{name} is quantized, in {found.format}: such weights cannot be trained. Name a folder of the model "
-            "in 16 or 32 bits; --lora RANK --quantized-base 4 plans for holding it in 4 bits"
+            f"{name} is quantized, in {found.format}: such weights cannot be trained. Name a folder of the "
+            "model in 16 or 32 bits; --lora RANK --quantized-base 4 plans for holding it in 4 bits"
         )
 
 

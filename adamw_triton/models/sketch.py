@@ -18,8 +18,8 @@ LARGEST = 10**13
 _WIDE = 2.8
 """Hidden size over the cube root of the parameters, at most: Command R+ has 2.6, Llama 3 8B 2.0."""
 _DEEP, _DEEPER = 54, 0.155
-"""Layers of 1e9 parameters, at most (MobileLLM 1B); and by which power of the parameters they grow: DeepSeek 67B
-has 95, Llama 3.1 405B 126."""
+"""Layers of 1e9 parameters, at most (MobileLLM 1B), and by which power of the parameters they grow: DeepSeek
+67B has 95, Llama 3.1 405B 126."""
 _GRAIN = 128
 
 
@@ -32,8 +32,8 @@ class _Shape(NamedTuple):
 def sketches(parameters: int, dtype: str = "BF16") -> Sequence[Model]:
     """Decoders of Llama's kind with exactly so many parameters; below ``SMALLEST`` one without a shape.
 
-    No one shape needs most whatever is trained of it, and how. So these are the extremes, between which models
-    of that size are: as wide as any, or as deep; the embeddings tied to the head, or not.
+    No one shape needs most whatever is trained of it, and how. So these are the extremes, between which
+    models of that size are: as wide as any, or as deep; the embeddings tied to the head, or not.
     """
     if parameters < SMALLEST:
         weights = [Weight("weights", (parameters,), dtype)]
@@ -83,9 +83,10 @@ def _model(parameters: int, shape: _Shape, dtype: str) -> Model:
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, intermediate)
     weights = [Weight(name, shape, dtype) for name, shape in shapes.items()]
     weights.append(Weight("rest", (left - 3 * intermediate * hidden * layers,), dtype))
+    words = f"{VOCABULARY:,} words{', tied to the head' if tied else ''}"
     counted = (
-        f"guessed: {VOCABULARY:,} words{', tied to the head' if tied else ''}, {layers} layers of {hidden:,}, which "
-        "takes most of the shapes that models of this size have; its config.json tells better"
+        f"guessed: {words}, {layers} layers of {hidden:,}; of the shapes that models of this size have, "
+        "the one that takes most. Its config.json tells better"
     )
     dimensions = Dimensions(hidden, layers, VOCABULARY, intermediate, hidden, hidden)
     return Model(_name(parameters), weights, dimensions, counted)

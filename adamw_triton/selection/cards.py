@@ -104,8 +104,8 @@ def find_card(name: str) -> Card:
 
 
 def parse_gpu(value: int | str, name: str) -> Card | int:
-    """The card that is meant, or bytes of memory; ``name`` is the argument's. A number without a unit is that of
-    a card, as in ``"4090"``, before it is bytes.
+    """The card that is meant, or bytes of memory; ``name`` is the argument's. A number without a unit is that
+    of a card, as in ``"4090"``, before it is bytes.
 
     Raises:
         ValueError: it is neither, or less memory than any GPU has.

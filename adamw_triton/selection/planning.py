@@ -50,8 +50,8 @@ def plan(
     Args:
         model_or_params: a module, or what an optimizer takes: parameters, named ones, or groups. They may be
             on the meta device. Those that require gradients are trained; of the others the bytes count.
-        gpu_memory: of one GPU: bytes, text like ``"24GiB"``, or a card's name like ``"T4"`` or ``"3090"``. None:
-            the current GPU, of which what other processes take is gone.
+        gpu_memory: of one GPU: bytes, text like ``"24GiB"``, or a card's name like ``"T4"`` or ``"3090"``.
+            None: the current GPU, of which what other processes take is gone.
         host_memory: bytes or text that paged state may take. None: what this machine has available.
         grad_dtype: of the gradients. None: each parameter's own.
         activations: bytes or text that forward and backward take at their peak, beside weights, gradients

@@ -1,4 +1,4 @@
-"""`adamw-triton plan` counts what is trained, which is not what lies on disk: with transformers and without."""
+"""`adamw-triton plan` counts what is trained, not what lies on disk: with transformers and without."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def gpt2() -> Tensors:
     shapes |= {"ln_f.weight": (256,), "ln_f.bias": (256,)}
     for layer in range(2):
         for name, (rows, columns) in {
-            "attn.c_attn": (256, 768), "attn.c_proj": (256, 256), "mlp.c_fc": (256, 1024), "mlp.c_proj": (1024, 256),
+            "attn.c_attn": (256, 768), "attn.c_proj": (256, 256),
+            "mlp.c_fc": (256, 1024), "mlp.c_proj": (1024, 256),
         }.items():  # fmt: skip
             shapes |= {f"h.{layer}.{name}.weight": (rows, columns), f"h.{layer}.{name}.bias": (columns,)}
         for name in ("ln_1", "ln_2"):

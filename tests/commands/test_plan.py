@@ -184,7 +184,7 @@ REFUSED = {
     "--params lots": "--params must be a number from 1",
     "/no/such/folder": "there is no file or folder '/no/such/folder'",
     "meta-llama/Llama-3.2-3B": "a model of the Hugging Face Hub must be downloaded first",
-    "--params 7e9 --gpu T5": "Invalid --gpu: unknown GPU 'T5': did you mean 'T4'?; or give its memory, like '24GiB'",
+    "--params 7e9 --gpu T5": "--gpu: unknown GPU 'T5': did you mean 'T4'?; or give its memory, like '24GiB'",
     "--params 7e9 --gpu A100": "'A100' is several GPUs: say 'A100-40GB' or 'A100-80GB'",
     "--params 7e9 --gpu=-24GiB": "Invalid --gpu: '-24GiB'; it must be",
     "--params 7e9 --gpu 24": "Invalid --gpu: '24' has no unit and means bytes: write it like '24GiB'",

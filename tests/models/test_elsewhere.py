@@ -18,7 +18,7 @@ WHOLE = 16 * 8 + 8 + 4 * 8 * 8 + 3 * 8 * 8 + 2 * 8
 
 FILES = {
     "model.Q4_K_M.gguf": "is GGUF, a format of llama.cpp for running models: name the folder of the original",
-    "pytorch_model.bin": "is a pickle of PyTorch, which is not opened: name a folder with the model's config.json",
+    "pytorch_model.bin": "is a pickle of PyTorch, which is not opened: name a folder with the model's",
     "consolidated.00.pth": "is a pickle of PyTorch",
     "last.ckpt": "is a pickle of PyTorch",
     "pytorch_model.bin.index.json": "is an index of pickles",

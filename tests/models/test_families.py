@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adamw_triton.models import ModelFileError
-from adamw_triton.models.families import FAMILIES, weights_of
+from adamw_triton.models.families import FAMILIES, HEADS, weights_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,3 +67,26 @@ def test_the_smallest_file_means_what_transformers_takes_it_for(name: str) -> No
 def test_other_families_are_refused_by_name() -> None:
     with pytest.raises(ModelFileError, match=r"model_type 'mamba' cannot be told from config\.json alone"):
         weights_of({"model_type": "mamba", **SMALL}, "BF16")
+
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}
+
+
+@pytest.mark.parametrize("labels", [{}, {"num_labels": 5}, {"id2label": {"0": "a"}, "label2id": {"a": 0}}])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_heads_are_those_of_the_class(name: str, head: str, labels: dict[str, Any]) -> None:
+    """Their names differ by release: not the shapes."""
+    config = {"model_type": name, **SMALL, **labels, "architectures": [f"{CLASSES[name]}{head}"]}
+    settings = transformers.CONFIG_MAPPING[name].from_dict(config)
+    with torch.device("meta"):
+        model = getattr(transformers, config["architectures"][0])(settings)
+    assert sorted(told(config).values()) == sorted(tuple(param.shape) for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLMEagle3", "Qwen2ForProcessRewardModel", "Llama", 7, ["x"]])
+def test_other_classes_are_refused_by_name(name: object) -> None:
+    with pytest.raises(
+        ModelFileError, match=r"cannot be told from config\.json alone: only those of classes"
+    ):
+        weights_of({"model_type": "llama", **SMALL, "architectures": [name]}, "BF16")

@@ -1,4 +1,4 @@
-"""Packed weights: of every format recognized by its config or by its tensors' names, and never counted as they lie."""
+"""Packed weights: every format is told by config or names, and never counted as it lies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from adamw_triton.models import ModelFileError, read_model
 from tests.models.files import header_of, write
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320, "intermediate_size": 192,
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320,
+    "intermediate_size": 192,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 Q = "model.layers.0.self_attn.q_proj"
