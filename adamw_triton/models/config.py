@@ -18,6 +18,8 @@ LIMITS = {
     "head_dim": 1 << 16,
     "moe_intermediate_size": 1 << 24,
     "num_experts_per_tok": 1 << 12,
+    "num_experts": 1 << 12,
+    "num_local_experts": 1 << 12,
     "num_labels": 1 << 20,
 }
 """The largest value that is believed: ten or more times that of any model so far."""

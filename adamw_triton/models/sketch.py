@@ -37,7 +37,7 @@ def sketches(parameters: int, dtype: str = "BF16") -> Sequence[Model]:
     """
     if parameters < SMALLEST:
         weights = [Weight("weights", (parameters,), dtype)]
-        counted = f"guessed from their number; below {SMALLEST:.0e} that tells no shape"
+        counted = f"a guess; less than {SMALLEST:.0e} parameters tell no shape"
         return [
             Model(_name(parameters), weights, None, counted, "a number of parameters tells no dimensions")
         ]
@@ -85,7 +85,7 @@ def _model(parameters: int, shape: _Shape, dtype: str) -> Model:
     weights.append(Weight("rest", (left - 3 * intermediate * hidden * layers,), dtype))
     words = f"{VOCABULARY:,} words{', tied to the head' if tied else ''}"
     counted = (
-        f"guessed: {words}, {layers} layers of {hidden:,}; of the shapes that models of this size have, "
+        f"a guess, {words}, {layers} layers of {hidden:,}; of the shapes that models of this size have, "
         "the one that takes most. Its config.json tells better"
     )
     dimensions = Dimensions(hidden, layers, VOCABULARY, intermediate, hidden, hidden)

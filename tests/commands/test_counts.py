@@ -173,8 +173,8 @@ def test_a_count_of_something_else_than_the_files_hold_is_said(
 
 
 UNESTIMATED = {
-    "mamba": ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96},
-              "nothing tells num_attention_heads"),
+    "vit": ({"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+            "nothing tells vocab_size"),
     "t5": ({"model_type": "t5", "d_model": 64, "num_layers": 2, "vocab_size": 96},
            "there is no estimate for an encoder with a decoder"),
 }  # fmt: skip
