@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adamw_triton.commands import fail
 from adamw_triton.memory.units import format_bytes, parse_bytes
-from adamw_triton.models import Model, read_model, sketch
+from adamw_triton.models import Model, read_model, sketches
 from adamw_triton.models.sketch import LARGEST
-from adamw_triton.selection.cards import find_card
+from adamw_triton.selection.cards import parse_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
-SMALLEST_GPU = 64 << 20
 LARGEST_RANK = 1 << 16
 LARGEST_BATCH = 1 << 24
 
@@ -83,26 +82,52 @@ class Question(NamedTuple):
     activations: int | None
 
 
+class Answer(NamedTuple):
+    """For one model."""
+
+    model: Model
+    run: Run
+    tensors: Sequence[Tensor]
+    activations: int | None
+    origin: str
+    """Of ``activations``."""
+    plan: Any
+
+    @property
+    def room(self) -> int:
+        """Bytes that the whole 32-bit state leaves on the GPU."""
+        return int(self.plan.limits[0].room - self.plan.candidates[0].gpu_bytes)
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; the exit code."""
     try:
         question = check(arguments)
-        model = find_model(arguments)
-        run = how_trained(arguments)
-        from adamw_triton.models import finetuning
-
-        tensors = finetuning.tensors(model.weights, run)
-        activations, origin = count_activations(arguments, model, run, question.activations)
-        found = ask(tensors, question, activations, arguments.prefer)
+        answers = [answer(arguments, question, model) for model in find_models(arguments)]
+        # Of guesses the one that needs most: no model of that size is to be promised more than it has.
+        found = answers[0] if len(answers) == 1 else min(answers, key=lambda answer: answer.room)
     except ValueError as error:
         return fail("plan", str(error))
     if arguments.json:
-        print(json.dumps(as_dict(model, tensors, activations, origin, found), indent=2))
+        print(json.dumps(as_dict(found), indent=2))
     else:
-        print(f"{model.name}: {describe(model, run, tensors)}")
-        print(f"activations: {origin}")
-        show(found)
-    return NOTHING_FITS if found.chosen is None else 0
+        print(f"{found.model.name}: {describe(found.model, found.run, found.tensors)}")
+        print(f"counted: {found.model.counted}")
+        print(f"activations: {found.origin}")
+        show(found.plan)
+    return NOTHING_FITS if found.plan.chosen is None else 0
+
+
+def answer(arguments: argparse.Namespace, question: Question, model: Model) -> Answer:
+    """Plan for one model."""
+    run = how_trained(arguments, model)
+    from adamw_triton.models import finetuning
+
+    tensors = finetuning.tensors(model.weights, run)
+    activations, origin = count_activations(arguments, model, run, question.activations)
+    return Answer(
+        model, run, tensors, activations, origin, ask(tensors, question, activations, arguments.prefer)
+    )
 
 
 def check(arguments: argparse.Namespace) -> Question:
@@ -135,7 +160,7 @@ def check(arguments: argparse.Namespace) -> Question:
     if (arguments.model is None) == (arguments.params is None):
         raise ValueError("name a model's folder or file, or its size as --params; one of them")
     return Question(
-        gpu=None if arguments.gpu is None else parse_gpu(arguments.gpu),
+        gpu=None if arguments.gpu is None else _card(arguments.gpu),
         host=_bytes(arguments.host_memory, "--host-memory"),
         activations=_bytes(arguments.activations, "--activations"),
     )
@@ -145,19 +170,10 @@ def _bytes(text: str | None, option: str) -> int | None:
     return None if text is None else parse_bytes(text, option)
 
 
-def parse_gpu(text: str) -> str | int:
-    """A card's name, as the table has it, or bytes."""
-    try:
-        return find_card(text).name
-    except ValueError as error:
-        unknown = str(error)
-    try:
-        size = parse_bytes(text, "--gpu")
-    except ValueError:
-        raise ValueError(f"--gpu: {unknown}; or give its memory, like 24GiB") from None
-    if size < SMALLEST_GPU:
-        raise ValueError(f"--gpu {text} means {format_bytes(size)} of memory; give a unit too, like 24GiB")
-    return size
+def _card(text: str) -> str | int:
+    """Its name, as the table has it, or its bytes."""
+    found = parse_gpu(text, "--gpu")
+    return found if isinstance(found, int) else found.name
 
 
 def parse_count(text: str) -> int:
@@ -177,27 +193,35 @@ def parse_count(text: str) -> int:
     return int(count)
 
 
-def find_model(arguments: argparse.Namespace) -> Model:
-    """The model that is named, or one of Llama's shape with so many parameters."""
+def find_models(arguments: argparse.Namespace) -> Sequence[Model]:
+    """The model that is named, or what one of so many parameters may look like."""
     if arguments.params is None:
-        return read_model(Path(arguments.model))
+        from adamw_triton.architectures import build
+
+        return [read_model(Path(arguments.model), build)]
     count = parse_count(arguments.params)
-    model = sketch(count)
-    if arguments.lora is not None and model.dimensions is None:
+    models = sketches(count)
+    if arguments.lora is not None and models[0].dimensions is None:
         raise ValueError(
             f"--lora needs the shapes of a model of {count:,} parameters: name its folder or file"
         )
-    return model
+    return models
 
 
-def how_trained(arguments: argparse.Namespace) -> Run:
+def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
+    """What is held in 4 bits already stays so."""
     from adamw_triton.models.finetuning import DTYPES, Run
 
+    if model.quantized and arguments.lora is None:
+        raise ValueError(
+            f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give --lora "
+            "RANK, or name a folder of the model in 16 or 32 bits"
+        )
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
         rank=arguments.lora,
         targets=arguments.lora_targets,
-        quantized=arguments.quantized_base is not None,
+        quantized=model.quantized or arguments.quantized_base is not None,
     )
 
 
@@ -211,12 +235,13 @@ def count_activations(
     if given is not None:
         return given, f"{format_bytes(given)}, as given"
     if model.dimensions is None:
-        return None, "not counted: nothing tells the model's dimensions; give --activations"
+        return None, f"not counted: {model.remark}; give --activations"
     batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1)
-    count = estimate(model.dimensions, batch, workload(model.weights, run))
+    count = estimate(model.dimensions, batch, workload(model.weights, run, model.dimensions.visited))
     return count, (
         f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
         f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"
+        f"{'; ' if model.remark else ''}{model.remark}"
     )
 
 
@@ -236,25 +261,25 @@ def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
     from adamw_triton.models.finetuning import dtype_of
 
     total = sum(weight.numel for weight in model.weights)
+    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
     dtype = str(dtype_of(model.weights, run)).removeprefix("torch.")
     if run.rank is None:
-        return f"{total:,} parameters in {dtype}, all trained"
-    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+        how = "all" if trained == total else f"{trained:,} of them"
+        return f"{total:,} parameters in {dtype}, {how} trained"
     base = f"{dtype}, projections in 4 bits" if run.quantized else dtype
     lora = f"LoRA of rank {run.rank} on {run.targets}"
     return f"{total:,} frozen parameters in {base}; {trained:,} trained in float32, {lora}"
 
 
-def as_dict(
-    model: Model, tensors: Sequence[Tensor], activations: int | None, origin: str, found: Any
-) -> dict[str, Any]:
+def as_dict(found: Answer) -> dict[str, Any]:
     return {
-        "model": model.name,
-        "parameters": sum(weight.numel for weight in model.weights),
-        "trained": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
-        "activations": activations,
-        "activations_from": origin,
-        "plan": found.to_dict(),
+        "model": found.model.name,
+        "parameters": sum(weight.numel for weight in found.model.weights),
+        "counted": found.model.counted,
+        "trained": sum(tensor.numel() for tensor in found.tensors if tensor.requires_grad),
+        "activations": found.activations,
+        "activations_from": found.origin,
+        "plan": found.plan.to_dict(),
     }
 
 

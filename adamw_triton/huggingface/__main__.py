@@ -6,16 +6,23 @@ import runpy
 import sys
 from pathlib import Path
 
-USAGE = "usage: python -m adamw_triton.huggingface (SCRIPT.py | -m MODULE) [ARGUMENT ...]"
+USAGE = """\
+usage: python -m adamw_triton.huggingface (SCRIPT.py | -m MODULE) [ARGUMENT ...]
+
+runs a training script, or a module; its --optim knows adamw_triton, adamw_triton_8bit, ..."""
 
 
 def main() -> None:
     """Run the script or module that the command line names as Python itself would."""
     arguments = sys.argv[1:]
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
     as_module = arguments[:1] == ["-m"]
     arguments = arguments[as_module:]
     if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(USAGE)
+        print(USAGE, file=sys.stderr)
+        raise SystemExit(2)
     sys.argv = arguments
     if as_module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +18,16 @@ LIMITS = {
     "head_dim": 1 << 16,
     "moe_intermediate_size": 1 << 24,
     "num_experts_per_tok": 1 << 12,
+    "num_experts": 1 << 12,
+    "num_local_experts": 1 << 12,
+    "num_labels": 1 << 20,
 }
 """The largest value that is believed: ten or more times that of any model so far."""
 
 _OTHER_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+_LIMITS = LIMITS | {other: LIMITS[name] for name, other in _OTHER_NAMES.items()}
+_NEVER_ZERO = ("hidden_size", "num_hidden_layers", "vocab_size")
+_LAYERS = re.compile(r"layers$|^depths?$")
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -37,6 +44,8 @@ class Dimensions(NamedTuple):
     """Heads times width of a head."""
     key_width: int
     """The same of the keys, which fewer heads may share."""
+    visited: int = 1
+    """Experts of a layer that a token goes through."""
 
 
 def size(config: Mapping[str, Any], key: str) -> int | None:
@@ -51,10 +60,7 @@ def size(config: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not 1 <= value <= LIMITS[key]:
-        shown = f"{value!r:.60}"
-        raise ModelFileError(
-            f"config.json says {key}={shown}: it must be a whole number, 1 to {LIMITS[key]:,}"
-        )
+        raise _absurd(key, value, LIMITS[key])
     return value
 
 
@@ -70,21 +76,66 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
     return _DTYPES.get(value) if isinstance(value, str) else None
 
 
-def read_dimensions(config: Mapping[str, Any]) -> Dimensions | None:
-    """None where the file leaves out too much."""
-    config = language_part(config)
-    hidden, layers, vocabulary, heads = (
-        size(config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
-    )
+def check_sizes(config: Mapping[str, Any]) -> bool:
+    """Whether the config or a part of it says any; a library would take its own defaults for all of them.
+
+    Raises:
+        ModelFileError: one is absurd. Others would build that model, for hours.
+    """
+    found = False
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key, value in part.items():
+            limit = LIMITS["num_hidden_layers"] if _LAYERS.search(key) else _LIMITS.get(key)
+            if limit is None or type(value) is not int:
+                continue
+            if not (key in _NEVER_ZERO) <= value <= limit:
+                raise _absurd(key, value, limit)
+            found = True
+    return found
+
+
+def read_dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
+    """None where the file leaves out too much or tells of another kind of model; and what that is, or what
+    of the model these dimensions leave out."""
+    if config.get("is_encoder_decoder") is True:
+        return None, "there is no estimate for an encoder with a decoder"
+    inner = language_part(config)
+    beside = sorted(key for key in config if key.endswith("_config") and key in _PARTS)
+    try:
+        found, missing = _dimensions(inner)
+    except ModelFileError as error:
+        return None, str(error)
+    if missing:
+        return (
+            None,
+            f"nothing tells {', '.join(missing)}" if config else "nothing tells the model's dimensions",
+        )
+    return found, f"without the part of its {' and its '.join(beside)}" if beside else ""
+
+
+_PARTS = ("vision_config", "audio_config", "speech_config", "qformer_config")
+
+
+def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, list[str]]:
+    """And what is missing for them."""
+    needed = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    hidden, layers, vocabulary, heads = (size(config, key) for key in needed)
     if hidden is None or layers is None or vocabulary is None or heads is None:
-        return None
+        return None, [key for key in needed if size(config, key) is None]
     head_dim = size(config, "head_dim") or max(1, hidden // heads)
+    visited = size(config, "num_experts_per_tok") or 1
     expert = size(config, "moe_intermediate_size") or size(config, "intermediate_size") or 4 * hidden
     return Dimensions(
         hidden=hidden,
         layers=layers,
         vocabulary=vocabulary,
-        intermediate=expert * (size(config, "num_experts_per_tok") or 1),
+        intermediate=expert * visited,
         query_width=heads * head_dim,
         key_width=(size(config, "num_key_value_heads") or heads) * head_dim,
-    )
+        visited=visited,
+    ), []
+
+
+def _absurd(key: str, value: object, limit: int) -> ModelFileError:
+    shown = f"{value!r:.60}"
+    return ModelFileError(f"config.json says {key}={shown}: it must be a whole number, 1 to {limit:,}")

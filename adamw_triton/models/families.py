@@ -6,6 +6,7 @@ against the model that transformers builds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,8 +30,14 @@ class Family(NamedTuple):
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     fused: bool = False
     """One projection makes q, k and v, and one gate and up."""
+    experts: tuple[str, str] | None = None
+    """The keys of their number in a layer and of their width; a router chooses."""
+    alike: Mapping[str, Any] = {}
+    """What these keys must say, if anything, for all layers to be alike."""
 
 
+LARGEST = 1_000_000
+"""Tensors; of all experts of DeepSeek-V3 there are 45,000."""
 _HEADS_ALIKE = {"num_key_value_heads": None}
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
 _ATTENTION = {"self_attn": "attention_bias"}
@@ -44,39 +51,103 @@ FAMILIES = {
     "gemma2": Family(_GEMMA, bias_keys=_ATTENTION, norms=_FOUR_NORMS),
     "gemma3_text": Family(_GEMMA, bias_keys=_ATTENTION, norms=_FOUR_NORMS, head_norms=True),
     "phi3": Family(_HEADS_ALIKE, fused=True),
+    "granite": Family(_HEADS_ALIKE, bias_keys=_ATTENTION | {"mlp": "mlp_bias"}),
+    "mixtral": Family({"num_local_experts": 8}, experts=("num_local_experts", "intermediate_size")),
+    "qwen3_moe": Family(
+        {"num_experts": 128},
+        bias_keys=_ATTENTION,
+        head_norms=True,
+        experts=("num_experts", "moe_intermediate_size"),
+        alike={"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
 }
 
 
-def weights_of(config: Mapping[str, Any], dtype: str) -> list[Weight]:
-    """The weights that transformers gives the causal language model of this config.
+HEADS: Mapping[str, tuple[str, bool, int]] = {
+    "ForCausalLM": ("lm_head", False, 0),
+    "Model": ("", False, 0),
+    "ForSequenceClassification": ("score", False, 0),
+    "ForTokenClassification": ("score", True, 0),
+    "ForQuestionAnswering": ("qa_outputs", True, 2),
+}
+"""By the end of the class's name: the head's, whether it has a bias, its rows; 0 for one a word or a label.
+Reward models are classifiers of sequences."""
+
+
+def weights_of(config: Mapping[str, Any], dtype: str, why: str = "") -> list[Weight]:
+    """The weights that transformers gives the model of this config.
+
+    Args:
+        config: says the class in ``architectures``, else it is the causal language model.
+        dtype: of the weights.
+        why: nobody who knows more was asked, for errors.
 
     Raises:
-        ModelFileError: the family is not known, or a size is missing or absurd.
+        ModelFileError: the family or the class is not known, or a size is missing or absurd.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelFileError(
-            f"the weights of model_type {name!r:.60} cannot be told from config.json alone (only those of "
-            f"{', '.join(FAMILIES)}): put its safetensors files beside it, or give --params"
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone{why}: only those "
+            f"of {', '.join(FAMILIES)}. Install transformers, put its safetensors files beside it, or give "
+            "--params"
         )
     family = FAMILIES[name]
-    return [Weight(name, shape, dtype) for name, shape in _shapes({**family.defaults, **config}, family)]
+    for key, value in family.alike.items():
+        if config.get(key, value) != value:
+            shown = f"{config[key]!r:.60}"
+            raise ModelFileError(
+                f"config.json says {key}={shown}: of such only transformers can tell the weights"
+            )
+    shapes = _shapes({**family.defaults, **config}, family, _head(config, why))
+    return [Weight(name, shape, dtype) for name, shape in shapes]
 
 
-def _shapes(config: Mapping[str, Any], family: Family) -> Shapes:
+def _head(config: Mapping[str, Any], why: str) -> str:
+    """The end of the class's name, from what comes before it on."""
+    classes = config.get("architectures")
+    if not classes:
+        return "ForCausalLM"
+    name = classes[0] if isinstance(classes, list) else classes
+    found = re.search(r"(For[A-Z]\w*|Model)$", name) if isinstance(name, str) else None
+    if found is None or found[0] not in HEADS:
+        raise ModelFileError(
+            f"the weights of a {name!r:.60} cannot be told from config.json alone{why}: only those of "
+            f"classes in {', '.join(HEADS)}. Install transformers or put its safetensors files beside it"
+        )
+    return found[0]
+
+
+def _shapes(config: Mapping[str, Any], family: Family, head: str) -> Shapes:
     hidden, vocabulary = _required(config, "hidden_size"), _required(config, "vocab_size")
     layer = list(_layer(config, family, hidden))
+    layers = _required(config, "num_hidden_layers")
+    if layers * len(layer) > LARGEST:
+        raise ModelFileError(f"config.json tells of {layers * len(layer):,} weights: no model has so many")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for number in range(_required(config, "num_hidden_layers")):
+    for number in range(layers):
         for name, shape in layer:
             yield f"model.layers.{number}.{name}", shape
     yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", (vocabulary, hidden)
+    name, biased, rows = HEADS[head]
+    if name == "lm_head":
+        rows = 0 if config.get("tie_word_embeddings", False) else vocabulary
+    elif name and not rows:
+        rows = _labels(config)
+    if rows:
+        yield f"{name}.weight", (rows, hidden)
+        if biased:
+            yield f"{name}.bias", (rows,)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) and names else size(config, "num_labels") or 2
 
 
 def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:
-    heads, intermediate = _required(config, "num_attention_heads"), _required(config, "intermediate_size")
+    count_key, width_key = family.experts or ("", "intermediate_size")
+    heads, intermediate = _required(config, "num_attention_heads"), _required(config, width_key)
     if "num_key_value_heads" not in config:
         raise ModelFileError("config.json does not say num_key_value_heads")
     head_dim = size(config, "head_dim") or hidden // heads
@@ -91,8 +162,16 @@ def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:
     else:
         projections = {f"self_attn.{letter}_proj": (rows, hidden) for letter, rows in
                        (("q", queries), ("k", keys), ("v", keys))}  # fmt: skip
-        projections |= {f"mlp.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
-    projections |= {"self_attn.o_proj": (hidden, queries), "mlp.down_proj": (hidden, intermediate)}
+    feeds = ["mlp"]
+    if family.experts:
+        experts = _required(config, count_key)
+        projections["mlp.gate"] = (experts, hidden)
+        feeds = [f"mlp.experts.{number}" for number in range(experts)]
+    for feed in feeds:
+        if not family.fused:
+            projections |= {f"{feed}.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
+        projections[f"{feed}.down_proj"] = (hidden, intermediate)
+    projections["self_attn.o_proj"] = (hidden, queries)
     biased = tuple(part for part, key in family.bias_keys.items() if config.get(key))
     if family.query_bias:
         biased = ("self_attn.q", "self_attn.k", "self_attn.v")

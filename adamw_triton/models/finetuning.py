@@ -5,6 +5,7 @@ All weights are trained, or LoRA adapters beside frozen ones, which may be quant
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -30,6 +31,7 @@ _NOT_LINEAR = re.compile(
     r"(^|\.)(lm_head|embed_out|output|score|shared|wte|wpe|\w*embed\w*)\.weight$", re.IGNORECASE
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 
 TARGETS = ("attention", "all-linear")
@@ -52,7 +54,8 @@ def tensors(weights: Sequence[Weight], run: Run) -> list[Tensor]:
     """On the meta device; those that are trained require gradients.
 
     LoRA gives a projection of shape [m, n] two adapters, [rank, n] and [m, rank]. They are fp32, as
-    PEFT keeps them whatever the model's dtype.
+    PEFT keeps them whatever the model's dtype. A stack of experts has the rank once for each, and twice where
+    it makes gate and up.
 
     Raises:
         ModelFileError: nothing can be trained so.
@@ -60,8 +63,9 @@ def tensors(weights: Sequence[Weight], run: Run) -> list[Tensor]:
     found = [tensor for weight in weights for tensor in _held(weight, run)]
     if run.rank is not None:
         for weight in adapted(weights, run):
-            rows, columns = weight.shape
-            found += [_meta((run.rank, columns), torch.float32), _meta((rows, run.rank), torch.float32)]
+            *experts, rows, columns = weight.shape
+            rank = run.rank * math.prod(experts) * (1 + (is_stack(weight) and "gate_up" in weight.name))
+            found += [_meta((rank, columns), torch.float32), _meta((rows, rank), torch.float32)]
     elif not any(tensor.requires_grad for tensor in found):
         raise ModelFileError("the model has no floating point weights: nothing can be trained")
     return found
@@ -78,7 +82,8 @@ def adapted(weights: Sequence[Weight], run: Run) -> list[Weight]:
     found = [
         weight
         for weight in weights
-        if is_linear(weight) and (run.targets == "all-linear" or _ATTENTION.search(weight.name))
+        if (is_linear(weight) and (run.targets == "all-linear" or _ATTENTION.search(weight.name)))
+        or (is_stack(weight) and run.targets == "all-linear")
     ]
     if not found:
         raise ModelFileError(f"the model has no projections that --lora-targets {run.targets} means")
@@ -102,22 +107,37 @@ def dtype_of(weights: Sequence[Weight], run: Run) -> torch.dtype:
     return _STORED[max(sizes, key=lambda name: sizes[name])]
 
 
-def workload(weights: Sequence[Weight], run: Run) -> Workload:
-    """What the estimate of activations has to know."""
+def workload(weights: Sequence[Weight], run: Run, visited: int = 1) -> Workload:
+    """What the estimate of activations has to know; ``visited``: experts of a layer that a token visits."""
     dtype = dtype_of(weights, run)
     floating = [weight for weight in weights if _FLOATING.match(weight.dtype)]
     return Workload(
         itemsize=dtype.itemsize,
-        gradients=0 if run.rank is not None else sum(w.numel for w in floating) * dtype.itemsize,
+        gradients=0 if run.rank is not None else sum(w.numel for w in floating if w.trained) * dtype.itemsize,
         tied=not any(_HEAD.search(weight.name) for weight in weights),
-        adapted_inputs=sum(weight.shape[1] for weight in adapted(weights, run)),
+        adapted_inputs=sum(_inputs(adapted(weights, run), visited).values()),
         largest_quantized=run.quantized * max(weight.numel * is_linear(weight) for weight in weights),
     )
 
 
 def is_linear(weight: Weight) -> bool:
-    """Whether it is the matrix of a projection inside the model, going by its name and shape."""
-    return len(weight.shape) == 2 and weight.name.endswith(".weight") and not _NOT_LINEAR.search(weight.name)
+    """Whether it is the matrix of a projection inside the model: by name and shape, unless it is known."""
+    named = len(weight.shape) == 2 and weight.name.endswith(".weight") and not _NOT_LINEAR.search(weight.name)
+    return named and weight.linear
+
+
+def is_stack(weight: Weight) -> bool:
+    """Whether it is one projection of all experts of a layer, as transformers has them since version 5."""
+    return len(weight.shape) == 3 and ".experts." in weight.name
+
+
+def _inputs(projections: Sequence[Weight], visited: int) -> dict[str, int]:
+    """Numbers of one token that go into each; experts of a layer are alike."""
+    found = {}
+    for weight in projections:
+        name, several = _EXPERT.subn(".experts.", weight.name)
+        found[name] = weight.shape[-1] * (visited if several or is_stack(weight) else 1)
+    return found
 
 
 def nf4_bytes(numel: int) -> int:
@@ -134,7 +154,7 @@ def _held(weight: Weight, run: Run) -> Iterator[Tensor]:
         dtype = run.dtype or _STORED.get(weight.dtype)
         if dtype is None:
             raise ModelFileError(f"{weight.name!r} is stored as {weight.dtype}: give the --dtype to train in")
-        yield _meta(weight.shape, dtype, trained=run.rank is None)
+        yield _meta(weight.shape, dtype, trained=run.rank is None and weight.trained)
 
 
 def _bits(weight: Weight) -> int:

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeGuard
 
 from adamw_triton.models.weights import (
     JSON_LIMIT,
+    IncompleteError,
     ModelFileError,
     Weight,
     cannot_read,
@@ -36,6 +37,7 @@ BITS = {
 }
 LARGEST = 1 << 63
 """Elements, bytes: nothing that exists has as many."""
+_LFS_POINTER = b"version https://git-lfs"
 _FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -55,7 +57,10 @@ def read_header(path: Path) -> list[Weight]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == _LFS_POINTER[:8] and start + file.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
+                raise ModelFileError(f"{path} is a pointer of Git LFS and not the file itself: git lfs pull")
+            length = int.from_bytes(start, "little")
             if size < 8:
                 raise ModelFileError(f"{path} is not a safetensors file: it has {size} bytes")
             if length > JSON_LIMIT:
@@ -82,7 +87,7 @@ def read_shards(index: Path) -> list[Weight]:
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise ModelFileError(f"{index} lists what is not a safetensors file beside it: {_short(name)}")
         if not (index.parent / name).exists():
-            raise ModelFileError(f"{index} lists {name!r}, which is not there: is the download complete?")
+            raise IncompleteError(f"{index} lists {name!r}, which is not there: is the download complete?")
     weights = []
     for name in dict.fromkeys(table.values()):
         weights += [weight for weight in read_header(index.parent / name) if table.get(weight.name) == name]

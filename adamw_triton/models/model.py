@@ -1,15 +1,17 @@
-"""A model on disk: a folder, a safetensors file, or a config.json."""
+"""A model on disk: a folder, a safetensors file or an index of some, or a config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adamw_triton.models.config import Dimensions, read_dimensions, read_dtype
-from adamw_triton.models.families import weights_of
+from adamw_triton.models import elsewhere, quantized, stored
+from adamw_triton.models.architecture import Build, CannotBuildError, unknown
+from adamw_triton.models.config import Dimensions, check_sizes, language_part, read_dimensions, read_dtype
+from adamw_triton.models.families import FAMILIES, weights_of
 from adamw_triton.models.headers import read_header, read_shards
-from adamw_triton.models.weights import ModelFileError, Weight, cannot_read, read_json
+from adamw_triton.models.weights import IncompleteError, ModelFileError, Weight, cannot_read, read_json
 
 
 class Model(NamedTuple):
@@ -17,47 +19,59 @@ class Model(NamedTuple):
 
     name: str
     weights: Sequence[Weight]
+    """Its parameters."""
     dimensions: Dimensions | None
-    """None where no config.json says them."""
+    """None where they are not known, or mean something else than a decoder's."""
+    counted: str = ""
+    """Who told the weights, and from what."""
+    remark: str = ""
+    """Of the dimensions: what is unknown, or left out."""
+    quantized: bool = False
+    """Its files hold the projections in 4 bits; ``weights`` are those that it was quantized from."""
 
 
-def read_model(path: Path) -> Model:
-    """Read the headers of all its safetensors files; without any, tell its weights from config.json.
+def read_model(path: Path, build: Build = unknown) -> Model:
+    """Build its architecture if ``build`` can; else read the headers of all its safetensors files; without
+    any, tell its weights from config.json by a table of families.
 
     Raises:
         ModelFileError: there is nothing at ``path``, or not what there should be.
     """
     try:
-        return _read(path)
+        return _read(path, build)
     except OSError as error:  # of looking about; whoever opens a file names that one
         raise cannot_read(path, error) from None
 
 
-def _read(path: Path) -> Model:
+def _read(path: Path, build: Build) -> Model:
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, build)
     if not path.exists():
-        raise ModelFileError(
-            f"there is no file or folder {str(path)!r}; a model of the Hugging Face Hub must be downloaded "
-            "first"
-        )
+        raise elsewhere.refuse_missing(path)
+    elsewhere.check_file(path)
+    if path.name.endswith(".safetensors.index.json"):
+        return _count(path.resolve().parent.name, _config(path.parent), _some(read_shards(path), path), build)
     if path.name.endswith(".json"):
-        return _from_config(path.resolve().parent.name, read_json(path))
-    config = _config(path.parent) or {}
-    return Model(path.name, _some(read_header(path), path), read_dimensions(config))
+        config = read_json(path)
+        if "model_type" not in config:
+            raise ModelFileError(f"{path} is not a model's config.json: it names no model_type")
+        return _count(path.resolve().parent.name, config, None, build)
+    whole = build if _is_main(path) else unknown
+    return _count(path.name, _config(path.parent), _some(read_header(path), path), whole)
 
 
-def _folder(path: Path) -> Model:
-    name = path.resolve().name
-    if (path / "adapter_config.json").exists():
-        raise ModelFileError(f"{path} holds a PEFT adapter: name the folder of its base model, and --lora")
+def _folder(path: Path, build: Build) -> Model:
+    elsewhere.check_folder(path)
     config = _config(path)
-    weights = _read_weights(path)
-    if weights is not None:
-        return Model(name, _some(weights, path), read_dimensions(config or {}))
-    if config is None:
-        raise ModelFileError(f"{path} has neither safetensors files nor a config.json")
-    return _from_config(name, config)
+    try:
+        weights = _read_weights(path)
+    except IncompleteError:
+        if config is None:
+            raise
+        weights = None
+    if weights is None:
+        elsewhere.refuse_bare(path, config is not None)
+    return _count(path.resolve().name, config, None if weights is None else _some(weights, path), build)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -93,8 +107,58 @@ def _some(weights: list[Weight], path: Path) -> list[Weight]:
     return weights
 
 
-def _from_config(name: str, config: dict[str, Any]) -> Model:
-    if config.get("quantization_config") is not None:
-        raise ModelFileError("config.json tells of quantized weights: their safetensors files are needed too")
-    dtype = read_dtype(config) or "F32"  # as transformers takes it
-    return Model(name, weights_of(config, dtype), read_dimensions(config))
+def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None, build: Build) -> Model:
+    """From the config and the tensors in the files; one of them is there."""
+    held = stored.without_buffers(files or ())
+    packed = quantized.find(said or {}, held)
+    quantized.require_numbers(name, packed)
+    if packed is not None and said is None:
+        raise ModelFileError(
+            f"the projections of {name} are 4 bits of bitsandbytes, and tell no shapes: its config.json must "
+            "lie beside"
+        )
+    config = quantized.without(said or {})
+    sized = check_sizes(config)
+    dtype = _dtype(held) or read_dtype(config) or "F32"  # as transformers takes it
+    dimensions, remark = _dimensions(config)
+    why = " (config.json names no sizes)" if said is not None and not sized else ""
+    if sized and build is not unknown:
+        try:
+            built = build(config, dtype)
+        except CannotBuildError as error:
+            why = f" ({error})"
+        else:
+            counted = built.by + _difference(built.weights, () if packed else held)
+            dimensions, remark = _dimensions({**config, **built.config})
+            return Model(name, built.weights, dimensions, counted, remark, packed is not None)
+    if packed is None and files is not None:
+        weights, by = stored.parameters(held, config), "headers of its files"
+    else:
+        weights, by = weights_of(config, dtype, why), f"config.json, as a {config['model_type']}"
+    return Model(name, weights, dimensions, by + why, remark, packed is not None)
+
+
+def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
+    """And what is to be said of them: the accounting is that of Llama's family."""
+    found, remark = read_dimensions(config)
+    kind = language_part(config).get("model_type")
+    if found is None or kind is None or str(kind) in FAMILIES:
+        return found, remark
+    return found, ", ".join(filter(None, (f"as if a {kind!s:.40} were a Llama of its sizes", remark)))
+
+
+def _dtype(held: Sequence[Weight]) -> str | None:
+    """That most of the floating point numbers have."""
+    counts: dict[str, int] = {}
+    for weight in held:
+        if stored.is_floating(weight):
+            counts[weight.dtype] = counts.get(weight.dtype, 0) + weight.numel
+    return max(counts, key=lambda dtype: counts[dtype], default=None)
+
+
+def _difference(built: Sequence[Weight], held: Sequence[Weight]) -> str:
+    """What the files hold, where that is something else."""
+    count = sum(weight.numel for weight in held if stored.is_floating(weight))
+    if not count or count == sum(weight.numel for weight in built):
+        return ""
+    return f"; the files hold {count:,} numbers"

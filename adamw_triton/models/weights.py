@@ -22,10 +22,18 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """As safetensors writes it: "F32", "BF16", ..."""
+    linear: bool = True
+    """False: known to be no projection, whatever its name and shape say: an embedding, or the head."""
+    trained: bool = True
+    """False: the architecture itself freezes it, as Whisper does its positions."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+class IncompleteError(ModelFileError):
+    """An index lists files that are not there."""
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection import rates
-from adamw_triton.selection.plans import Candidate, Limits, Plan
+from adamw_triton.selection.plans import UNKNOWN, Candidate, Limits, Plan
 from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.state.placement import Policy
@@ -37,7 +37,6 @@ Held = Callable[[torch.device], int]
 Spill = Callable[[torch.device, int], int]
 """Takes so many bytes of state off a GPU; how many it were, 0 if there are none left."""
 
-_UNKNOWN = 1 << 50
 _log = logging.getLogger("adamw_triton")
 
 
@@ -148,11 +147,11 @@ class Auto:
             if isinstance(tensor, Tensor):
                 loaded[tensor.device] += tensor.nbytes
         host = host_limit()
-        host_room = _UNKNOWN if host is None else host.available
+        host_room = there = UNKNOWN if host is None else host.available
         self._devices = tuple(trained)
         demands = []
         for device in self._devices:
-            limits, taken = self._limits(device, loaded[device])
+            limits, taken = self._limits(device, loaded[device], there)
             demands.append(Demand(limits, trained[device]))
             host_room -= taken
         self.plan = agree(select(demands, host_room, block_size=self._block_size, resident=self._capturable))
@@ -163,11 +162,11 @@ class Auto:
         else:
             _log.info("auto: %s", self.plan.summary())
 
-    def _limits(self, device: torch.device, loaded: int) -> tuple[Limits, int]:
+    def _limits(self, device: torch.device, loaded: int, host_room: int) -> tuple[Limits, int]:
         """Of a device, and what training will take of the host's memory there."""
         allocator = gpu.allocator_for(device)
         if allocator is None:
-            return Limits(str(device), _UNKNOWN, *rates.known(device), shared=True), 0
+            return Limits(str(device), host_room, *rates.known(device), shared=True), 0
         snapshot = allocator.snapshot()
         room, spent = snapshot.room(loaded), snapshot.spent(loaded)
         if self._budget is not None and self._budget < room:

@@ -17,6 +17,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from adamw_triton.memory.units import format_bytes, parse_bytes
+
+SMALLEST = 64 << 20
+"""Bytes; no GPU has less."""
 GIB = 1 << 30
 GB = 10**9
 
@@ -97,6 +101,25 @@ def find_card(name: str) -> Card:
     near = [card for key in nearest for card in known[key]]
     hint = f"did you mean {_either(near)}?" if near else f"known are {', '.join(card.name for card in CARDS)}"
     raise ValueError(f"unknown GPU {name!r}: {hint}")
+
+
+def parse_gpu(value: int | str, name: str) -> Card | int:
+    """The card that is meant, or bytes of memory; ``name`` is the argument's. A number without a unit is that
+    of a card, as in ``"4090"``, before it is bytes.
+
+    Raises:
+        ValueError: it is neither, or less memory than any GPU has.
+    """
+    if isinstance(value, str):
+        try:
+            return find_card(value)
+        except ValueError as error:
+            if value.lstrip()[:1] not in tuple("+-.0123456789"):
+                raise ValueError(f"Invalid {name}: {error}; or give its memory, like '24GiB'") from None
+    size = parse_bytes(value, name)
+    if size < SMALLEST:
+        raise ValueError(f"Invalid {name}: {value!r} means {format_bytes(size)}, and no GPU has so little")
+    return size
 
 
 def _key(name: str) -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import parse_bytes
 from adamw_triton.selection import rates
-from adamw_triton.selection.cards import find_card
+from adamw_triton.selection.cards import parse_gpu
 from adamw_triton.selection.plans import Limits, Plan
 from adamw_triton.selection.selector import Demand, Trained, select
 
@@ -50,8 +50,8 @@ def plan(
     Args:
         model_or_params: a module, or what an optimizer takes: parameters, named ones, or groups. They may be
             on the meta device. Those that require gradients are trained; of the others the bytes count.
-        gpu_memory: of one GPU: bytes, text like ``"24GiB"``, or a card's name like ``"T4"``. None: the
-            current GPU, of which what other processes take is gone.
+        gpu_memory: of one GPU: bytes, text like ``"24GiB"``, or a card's name like ``"T4"`` or ``"3090"``.
+            None: the current GPU, of which what other processes take is gone.
         host_memory: bytes or text that paged state may take. None: what this machine has available.
         grad_dtype: of the gradients. None: each parameter's own.
         activations: bytes or text that forward and backward take at their peak, beside weights, gradients
@@ -129,14 +129,10 @@ def _card(gpu_memory: int | str | None, here: int) -> Card:
         snapshot = now.snapshot()
         ours = snapshot.total - (snapshot.available - torch.cuda.memory_allocated(device) + here)
         return Card(now.name, snapshot.total, ours, rates.measured(device))
-    try:
-        count = parse_bytes(gpu_memory, "gpu_memory")
-    except ValueError:
-        if not isinstance(gpu_memory, str) or gpu_memory.lstrip()[:1] in "-0123456789.":
-            raise
-        found = find_card(gpu_memory)
-        return Card(found.name, found.memory, CONTEXT, rates.named(found.name))
-    return Card("a GPU", count, CONTEXT, rates.UNKNOWN)
+    found = parse_gpu(gpu_memory, "gpu_memory")
+    if isinstance(found, int):
+        return Card("a GPU", found, CONTEXT, rates.UNKNOWN)
+    return Card(found.name, found.memory, CONTEXT, rates.named(found.name))
 
 
 def _host_room(host_memory: int | str | None) -> int:

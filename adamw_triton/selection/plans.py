@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+UNKNOWN = 1 << 50
+"""Bytes of memory of which nobody says how much it is: no limit."""
+
+
 class Limits(NamedTuple):
     """What a device has for state."""
 
@@ -32,7 +36,7 @@ class Limits(NamedTuple):
 
     def __str__(self) -> str:
         if not self.spent:
-            return f"{self.device}: {format_bytes(self.room)} for optimizer state"
+            return f"{self.device}: {_known(self.room)} for optimizer state"
         (_, memory), *others = self.spent
         line = f"{self.device}: {format_bytes(memory)}"
         line += "".join(f" - {format_bytes(count)} {name}" for name, count in others if count)
@@ -127,8 +131,15 @@ class Plan:
         return {
             "chosen": None if self.chosen is None else self.chosen.name,
             "prefer": self.prefer,
-            "host_room": self.host_room,
-            "devices": [{**limits._asdict(), "spent": dict(limits.spent)} for limits in self.limits],
+            "host_room": None if self.host_room >= UNKNOWN // 2 else self.host_room,
+            "devices": [
+                {
+                    **limits._asdict(),
+                    "room": None if limits.room >= UNKNOWN // 2 else limits.room,
+                    "spent": dict(limits.spent),
+                }
+                for limits in self.limits
+            ],
             "candidates": [
                 {**asdict(candidate), "budgets": list(candidate.budgets), "fits": candidate.fits}
                 for candidate in self.candidates
@@ -162,7 +173,7 @@ class Plan:
             f"host ({limits.rates})"
             for limits in self.limits
         )
-        host = f"Host memory: {format_bytes(self.host_room)} can be taken. Steps are estimated from "
+        host = f"Host memory: {_known(self.host_room)} can be taken. Steps are estimated from "
         return Table(
             "\n".join(map(str, self.limits)),
             ("state", "on GPU", "staging", "on host", "step", ""),
@@ -170,6 +181,10 @@ class Plan:
             (host + "; ".join(rates) + ".", *self.notes),
             None if self.chosen is None else self.candidates.index(self.chosen),
         )
+
+
+def _known(count: int) -> str:
+    return "an unknown amount" if count >= UNKNOWN // 2 else format_bytes(count)
 
 
 def format_seconds(seconds: float) -> str:

@@ -50,6 +50,33 @@ def test_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",), ("--optim", "adamw_triton")])
-def test_without_a_script(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="usage: python -m adamw_triton"):
+def test_without_a_script(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
         launch(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("usage: python -m adamw_triton.huggingface")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_what_was_asked_for(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(monkeypatch, option)
+    assert capsys.readouterr().out.startswith("usage: python -m adamw_triton.huggingface")
+
+
+@pytest.mark.parametrize("before", [(), ("-m",)])
+def test_help_after_the_script_is_the_scripts(
+    before: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "helped.py").write_text("import sys; print(sys.argv[1:])")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    launch(monkeypatch, *before, "helped" if before else str(tmp_path / "helped.py"), "--help")
+    assert capsys.readouterr().out == "['--help']\n"

@@ -91,6 +91,12 @@ def test_other_byte_counts_are_refused_with_all_there_is_to_know(value: object) 
         parse_bytes(value, "some_size")
 
 
+@pytest.mark.parametrize("value", ["1", "24", "4090", "65535", " 16 ", "0.5"])
+def test_small_numbers_without_a_unit_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"^Invalid some_size: {value!r} has no unit and means bytes"):
+        parse_bytes(value, "some_size")
+
+
 FORMATTED = [
     (0, "0 B"),
     (1, "1 B"),

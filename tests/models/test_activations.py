@@ -67,7 +67,7 @@ def test_a_real_model_takes_what_was_estimated(
     """Beside the gradients, which are told exactly: never 2% more; and no less than a tenth, and the weights
     of a layer, whose gradients are counted as there while it is in backward."""
     config = SHAPE | change
-    dimensions = read_dimensions(config)
+    dimensions, _ = read_dimensions(config)
     assert dimensions is not None
     batch = Batch(1, length, checkpointing, accumulating)
     real, gradients = measured(config, batch, dtype)
@@ -78,7 +78,7 @@ def test_a_real_model_takes_what_was_estimated(
 
 
 def test_it_grows_with_all_that_it_depends_on() -> None:
-    dimensions = read_dimensions(SHAPE)
+    dimensions, _ = read_dimensions(SHAPE)
     assert dimensions is not None
     frozen = Workload(2)
     least = estimate(dimensions, Batch(1, 64), frozen)
@@ -88,6 +88,6 @@ def test_it_grows_with_all_that_it_depends_on() -> None:
     assert estimate(dimensions, Batch(1, 64), Workload(2, adapted_inputs=600)) == least + 64 * 4 * 600 // 6
     assert estimate(dimensions, Batch(1, 64, checkpointing=False), frozen) > least
     assert estimate(dimensions, Batch(1, 64), Workload(2, largest_quantized=10**6)) == least + 2 * 10**6
-    for name in dimensions._fields:
+    for name in set(dimensions._fields) - {"visited"}:  # that is in the width of the feed-forward already
         grown = dimensions._replace(**{name: 100 * getattr(dimensions, name)})
         assert estimate(grown, Batch(1, 64), frozen) > least, name

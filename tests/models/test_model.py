@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamw_triton.models import Dimensions, Model, ModelFileError, Weight, read_model, sketch
+from adamw_triton.models import Dimensions, Model, ModelFileError, Weight, read_model
 from adamw_triton.models.config import LIMITS
 from adamw_triton.models.families import weights_of
-from adamw_triton.models.sketch import LARGEST, SMALLEST
 from tests.models.files import write, write_model
 from tests.models.test_headers import bytes_read, write_sharded
 
@@ -160,7 +159,6 @@ def test_missing_sizes_are_refused_by_name(key: str) -> None:
         ({"model_type": None}, "model_type None cannot be told"),
         ({"model_type": ["llama"]}, "cannot be told"),
         ({"num_attention_heads": 9}, "num_attention_heads=9, more than hidden_size=8"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights: their safetensors files are needed"),
     ],
 )
 def test_configs_that_do_not_tell_the_weights(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -244,25 +242,3 @@ def test_thirty_shards_are_read_in_no_time(tmp_path: Path) -> None:
     assert {weight.name: weight.shape for weight in weights} == shapes
     assert seconds < 0.5
     assert count < 400_000
-
-
-# Models of which only the size is known
-
-
-@given(st.integers(1, LARGEST))
-def test_a_sketch_has_exactly_the_parameters_that_were_asked_for(parameters: int) -> None:
-    model = sketch(parameters)
-    assert sum(weight.numel for weight in model.weights) == parameters
-    assert (model.dimensions is None) == (parameters < SMALLEST)
-    assert all(size >= 0 for weight in model.weights for size in weight.shape)
-
-
-@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3.1-70B"])
-def test_a_sketch_looks_like_a_llama(name: str) -> None:
-    """Within a third in each dimension that LoRA and activations depend on."""
-    real = read_model(CONFIGS / name).dimensions
-    guess = sketch(PARAMETERS[name]).dimensions
-    assert real is not None
-    assert guess is not None
-    for key in ("hidden", "layers", "intermediate", "query_width"):
-        assert getattr(guess, key) == pytest.approx(getattr(real, key), rel=0.34), key

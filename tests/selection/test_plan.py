@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import adamw_triton
-from adamw_triton.selection import planning
+from adamw_triton.cli import main
+from adamw_triton.selection import auto, planning
 from adamw_triton.selection.cards import find_card
 from adamw_triton.selection.plans import Plan
 
@@ -126,6 +129,73 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments(params: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         adamw_triton.plan(params, **{**MEMORY, **arguments})
+
+
+TEXTS = (
+    "24",
+    "4090",
+    "16",
+    "tesla t4",
+    "24GiB",
+    "80 GB",
+    "T5",
+    "A100",
+    "",
+    "-24GiB",
+    "24Gigs",
+    "0GiB",
+    "5MB",
+    "lots",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_means_the_same_as_on_the_command_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the GPU; the same plan, or the same refusal but for the argument's name."""
+    try:
+        here: object = adamw_triton.plan(PARAM, text, "1GiB", activations=0).limits[0]._asdict()["device"]
+    except ValueError as error:
+        here = str(error).replace("gpu_memory", "--gpu")
+    code = main(["plan", "--params", "10", f"--gpu={text}", "--host-memory", "1GiB", "--json"])
+    output = capsys.readouterr()
+    if code == 2:
+        assert output.err == f"adamw-triton plan: {here}\n"
+    else:
+        assert json.loads(output.out)["plan"]["devices"][0]["device"] == here
+
+
+@pytest.mark.parametrize("name", ["gpu_memory", "host_memory", "activations"])
+def test_a_small_number_without_a_unit_is_no_memory(name: str) -> None:
+    """Gibibytes were meant. As a number it is bytes, as everywhere."""
+    with pytest.raises(ValueError, match=f"Invalid {name}: '24' has no unit and means bytes"):
+        adamw_triton.plan(PARAM, **{**MEMORY, name: "24"})
+
+
+def test_on_a_cpu_the_room_is_what_the_machine_has() -> None:
+    param = Parameter(torch.ones(5000))
+    optimizer = adamw_triton.AdamW([param])
+    param.grad = torch.ones(5000)
+    optimizer.step()
+    assert optimizer.plan is not None
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < optimizer.plan.to_dict()["devices"][0]["room"] <= there
+    assert optimizer.plan.to_dict()["host_room"] <= there
+
+
+def test_memory_that_nobody_tells_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no /proc."""
+    monkeypatch.setattr(auto, "host_limit", lambda: None)
+    param = Parameter(torch.ones(5000))
+    optimizer = adamw_triton.AdamW([param])
+    param.grad = torch.ones(5000)
+    optimizer.step()
+    assert optimizer.plan is not None
+    told = optimizer.plan.to_dict()
+    assert (told["devices"][0]["room"], told["host_room"]) == (None, None)
+    assert str(optimizer.plan).startswith("cpu: an unknown amount for optimizer state\n")
+    assert "TiB" not in str(optimizer.plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

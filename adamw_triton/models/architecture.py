@@ -1,0 +1,32 @@
+"""What somebody who knows an architecture tells of it: this room takes the function, and imports nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from adamw_triton.models.weights import Weight
+
+
+class Architecture(NamedTuple):
+    """A model as it is built from its config.json."""
+
+    weights: Sequence[Weight]
+    """Its parameters, tied ones once; no buffers."""
+    by: str
+    """Who built it, and as what."""
+    config: Mapping[str, Any]
+    """Sizes under the names that ``config.Dimensions`` is read from, also those that the file leaves out."""
+
+
+class CannotBuildError(ValueError):
+    """It is not known here; the message says why, as the end of a sentence."""
+
+
+Build = Callable[[Mapping[str, Any], str], Architecture]
+"""From the config, and the dtype of the weights as safetensors writes it."""
+
+
+def unknown(config: Mapping[str, Any], dtype: str) -> Architecture:
+    """A ``Build`` for want of one."""
+    raise CannotBuildError("no library was asked")
