@@ -24,6 +24,7 @@ from adamw_triton.arguments import (
 )
 from adamw_triton.hyperparameters import Settings
 from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
+from adamw_triton.memory.lasting import lasting
 from adamw_triton.reservations import Reservations
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
@@ -155,8 +156,10 @@ class AdamW(torch.optim.Optimizer):
         ``grad_scale`` and ``found_inf``, if a gradient scaler has set them on the optimizer, are
         honoured.
 
-        The first step of ``variant="auto"`` decides for all ranks of torch.distributed's default process
-        group: all of them have to take it.
+        The first step of ``variant="auto"`` decides, together with those ranks of torch.distributed's default
+        process group that step an optimizer of the same parameters; it waits ten seconds at most, and
+        who comes later follows. A step without gradients, or with gradients and learning rates of zero, is
+        not the first yet.
 
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is
@@ -174,7 +177,7 @@ class AdamW(torch.optim.Optimizer):
             return loss
         self._whole.check()
         self._chooser.watch()
-        with self._store.hold():
+        with lasting(), self._store.hold():
             self._update()
         return loss
 
@@ -183,6 +186,8 @@ class AdamW(torch.optim.Optimizer):
             check_group(group, VARIANTS[self.variant].bits, self.capturable)
         stepped = Stepped.of(self.param_groups)
         batch = self._places.batch_of(stepped, self.state)
+        if batch is None:
+            return
         self._store.reload(self.state)
         items = batch.items(stepped.params, stepped.grads)
         ordered = batch.in_order(items)
@@ -204,8 +209,7 @@ class AdamW(torch.optim.Optimizer):
         """
         check_movable(self.capturable)
         self._whole.check()
-        self._places.settle(self.param_groups, self.state)
-        self._store.offload(self.state)
+        self._places.offload(self.param_groups, self.state)
 
     def reload(self) -> None:
         """Take state back to where it was before ``offload()``."""
@@ -239,6 +243,7 @@ class AdamW(torch.optim.Optimizer):
         finally:
             writing.remove()
 
+    @lasting()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of ours, of any variant and form, of torch.optim.AdamW or Adam, of bitsandbytes'
         AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant.
@@ -253,10 +258,11 @@ class AdamW(torch.optim.Optimizer):
         )
         reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
-            super().load_state_dict(state_dict)
-            if self._chooser.decided:
-                with DeferredInterrupt(), torch.no_grad():
-                    self._places.reserve(self.param_groups, self.state, stateful_only=not slots)
+            with self._store.hold():
+                super().load_state_dict(state_dict)
+                if self._chooser.decided:
+                    with DeferredInterrupt(), torch.no_grad():
+                        self._places.reserve(self.param_groups, self.state, stateful_only=not slots)
         except BaseException as error:
             self.state, self.param_groups = before
             if not slots:
@@ -287,7 +293,7 @@ class AdamW(torch.optim.Optimizer):
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
         policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
         self._places = Reservations(self._chooser, policy, self.transfer, self.block_size)
-        self._chooser.attach(self._store.on_gpu, self._spill)
+        self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
@@ -295,3 +301,8 @@ class AdamW(torch.optim.Optimizer):
         calls this while the user's waits for it."""
         with torch.no_grad():
             return self._places.spill(device, nbytes, self.param_groups, self.state)
+
+    def _unspill(self, device: torch.device, room: int) -> int:
+        """Take some of it back, if that needs no more than ``room`` bytes; how many it were."""
+        with torch.no_grad():
+            return self._places.unspill(device, room, self.param_groups, self.state)

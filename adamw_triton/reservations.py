@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from adamw_triton.arguments import is_trained, name_of
 from adamw_triton.batch import Batch, Item
+from adamw_triton.placing import Wanted
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.formats import as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.stepped import Apart, Facts, Groups, Stepped
-from adamw_triton.store import State, Store, Wanted
+from adamw_triton.store import State, Store
 from adamw_triton_kernels import tables
 
 _KEPT_BATCHES = 16
@@ -39,23 +42,47 @@ class Reservations:
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: list[_Kept] = []
+        self._generation = 0
+        """Of the store, when they were made."""
         self._captured: list[Batch] = []
         """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
     def intact(self, groups: Groups, state: State) -> bool:
         """Whether ``state`` is as we left it, and the groups still ask for the formats it has."""
-        return self._formats == _formats(groups) and self.store.intact(state)
+        return self._chooser.decided and self._formats == _formats(groups) and self.store.intact(state)
 
     def settle(self, groups: Groups, state: State) -> None:
-        """Take over whatever ``state`` shows."""
-        if not self.intact(groups, state):
+        """Take over whatever ``state`` shows, if it is decided what places there are."""
+        if self._chooser.decided and not self.intact(groups, state):
             self.reserve(groups, state, stateful_only=True)
+
+    def offload(self, groups: Groups, state: State) -> None:
+        """Take state to the host, until the next step."""
+        self.settle(groups, state)
+        if self._chooser.decided:
+            self.store.offload(state)
+        else:
+            self.store.park(state)
+
+    def rehearse(self, groups: Groups, state: State, grads: Sequence[Tensor]) -> bool:
+        """Whether the step that begins is none: it comes before it is decided what places there are, and
+        there are no gradients, or they and all learning rates are zero. torch.distributed.checkpoint takes
+        such a step to see what state there will be: it is shown, without a place or a step counted."""
+        if self._chooser.decided:
+            return False
+        if not grads:
+            return True
+        if not all(map(_stands_still, groups)) or tables.capturing() or not any(g.numel() for g in grads):
+            return False
+        if any(grad.any() for grad in grads):  # the host waits for them
+            return False
+        self.store.show(self._wanted(groups, state), state)
+        return True
 
     def reserve(self, groups: Groups, state: State, *, stateful_only: bool = False) -> None:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
         have them, this is a first step, at the latest: then it is decided what places there are."""
         tables.require_eager()
-        self._batches.clear()
         if not self._chooser.decided and not stateful_only:
             self._chooser.decide(groups, state)
             self.store.policy = self._chooser.policy
@@ -68,20 +95,27 @@ class Reservations:
                     raise
                 self.store.policy = self._chooser.policy
         self._formats = _formats(groups)
+        self._batches.clear()  # what they used is free
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""
-        self._batches.clear()
         return self.store.spill(device, nbytes, self._wanted(groups, state), state)
 
-    def batch_of(self, stepped: Stepped, state: State) -> Batch:
+    def unspill(self, device: torch.device, room: int, groups: Groups, state: State) -> int:
+        """Take some of it back, if that needs no more than ``room`` bytes; how many it were."""
+        return self.store.unspill(device, room, self._wanted(groups, state), state)
+
+    def batch_of(self, stepped: Stepped, state: State) -> Batch | None:
         """The launches of a step, kept for steps of the same facts from the same streams. Of others
-        everything is checked, and only then given a place.
+        everything is checked, and only then given a place. None of a step that is none yet (``rehearse``).
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and this would be the first such step.
             RuntimeError, TypeError, ValueError: what cannot be stepped, by name.
         """
+        if self._generation != self.store.generation:
+            self._generation = self.store.generation
+            self._batches.clear()
         ready = self.intact(stepped.groups, state)
         kept = self._kept_for(stepped.facts) if ready else None
         if kept is None:
@@ -91,6 +125,8 @@ class Reservations:
         if kept is None:
             tables.require_eager()
             if not (ready and self._has_places(stepped, state)):
+                if self.rehearse(stepped.groups, state, stepped.grads):
+                    return None
                 self.reserve(stepped.groups, state)
             if len(self._batches) >= _KEPT_BATCHES:
                 self._batches.clear()
@@ -118,7 +154,7 @@ class Reservations:
         slots, these = self.store.slots, set(map(id, stepped.params))
         for param, _, state_format in self._wanted(stepped.groups, state):
             slot = slots.get(id(param))
-            if id(param) in these and not (slot and slot.fits(param, state_format, slot.buffer.paged)):
+            if id(param) in these and not (slot and slot.fits(param, state_format)):
                 return False
         return True
 
@@ -132,6 +168,12 @@ class Reservations:
                     state_format = format_for(as_real(param).numel(), bits, self._block_size, amsgrad)
                     found.append(Wanted(param, name_of(group, group_index, index), state_format))
         return found
+
+
+def _stands_still(group: Mapping[str, Any]) -> bool:
+    """Whether its learning rate is zero, as far as the host knows."""
+    lr = group["lr"]
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
 
 
 def _formats(groups: Groups) -> list[tuple[Any, Any]]:

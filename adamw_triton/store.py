@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import logging
 import operator
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +17,25 @@ from torch import Tensor
 from adamw_triton import checkpoint
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.host import require_host
-from adamw_triton.paging.device import device_for
+from adamw_triton.memory.lasting import lasting
+from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
+from adamw_triton.placing import Wanted, make_places
 from adamw_triton.state.buffers import Slot, StateBuffer, make_slots
-from adamw_triton.state.formats import Format, as_real, nbytes
-from adamw_triton.state.placement import SMALLEST_BUDGET, Policy, largest_ring, page_elements, place, ring_for
+from adamw_triton.state.placement import (
+    SMALLEST_BUDGET,
+    STAGES,
+    Policy,
+    largest_page,
+    largest_ring,
+    page_elements,
+    ring_for,
+)
 
 _log = logging.getLogger("adamw_triton")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 """What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
-
-
-class Wanted(NamedTuple):
-    """A parameter that needs a slot."""
-
-    param: Tensor
-    name: str
-    """What error messages call it."""
-    format: Format
 
 
 class Store:
@@ -45,10 +46,24 @@ class Store:
         self._transfer = transfer
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
+        self.generation = 0
+        """Another one whenever a parameter or a page may be in another place than before."""
         self._page_bytes: dict[torch.device, int] = {}
+        self._devices: dict[torch.device, Device] = {}
         self._pagers: dict[torch.device, Pager] = {}
+        self._spilled: list[StateBuffer] = []
+        """In that order."""
+        self._limits: dict[torch.device, int] = {}
+        """The budgets of GPUs from which state was spilled."""
         self._shown: list[Tensor] | None = None
-        self._held = False
+        self._lock = threading.RLock()
+        self._holders = 0
+
+    def __del__(self) -> None:
+        try:
+            self._synchronize()  # or the memory would be used anew under a step on another stream
+        except Exception:  # in a forked child, or while the interpreter ends
+            return
 
     @property
     def buffers(self) -> list[StateBuffer]:
@@ -90,11 +105,11 @@ class Store:
                     f"now {_shape(param.shape, param.is_complex())}: delete its state (del "
                     "optimizer.state[param]) first"
                 )
-        self.finish()
-        with self.hold():
-            paged = self._place(wanted)
-            made = self._make_slots(wanted, paged)
+        with self._still(state):
+            made, page_bytes = make_places(wanted, self.slots, self.policy, self._limits)
             self._shown = None  # from here to the end, an interrupted call is begun again
+            self.generation += 1
+            self._page_bytes |= page_bytes
             self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
             for param, _, _ in wanted:
                 slot = self.slots[id(param)]
@@ -105,6 +120,13 @@ class Store:
                 elif not shown and slot.entry:  # someone deleted it: begin anew
                     slot.clear()
             self._remember(state)
+
+    def show(self, wanted: Sequence[Wanted], state: State) -> None:
+        """Have ``state`` show what parameters without any would begin with, in plain host memory: nothing
+        has a place yet."""
+        for param, name, state_format in wanted:
+            if not state.get(param):
+                state[param] = make_slots(state_format, [(param, name)], torch.device("cpu"))[0].attach()
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""
@@ -117,58 +139,13 @@ class Store:
     def _remember(self, state: State) -> None:
         self._shown = [tensor for entry in state.values() for tensor in entry.values()]
 
-    def _place(self, wanted: Sequence[Wanted]) -> list[bool]:
-        """Which of them are paged."""
-        of_device: dict[torch.device, list[int]] = defaultdict(list)
-        for index, (param, _, _) in enumerate(wanted):
-            of_device[param.device].append(index)
-        paged = [False] * len(wanted)
-        for device, indices in of_device.items():
-            sizes = [(wanted[index].format, as_real(wanted[index].param).numel()) for index in indices]
-            budget = self.policy.budgets.get(device, self.policy.budget)
-            paged_there = self.policy.paged and device.type != "meta"  # state of no memory is nowhere
-            placement = place(sizes, paged_there, budget)
-            self._page_bytes[device] = placement.page_bytes
-            for index, is_paged in zip(indices, placement.paged, strict=True):
-                paged[index] = is_paged
-        return paged
-
-    def _make_slots(self, wanted: Sequence[Wanted], paged: Sequence[bool]) -> dict[int, Slot]:
-        """New slots, in new buffers, where the old ones will not do."""
-        # A buffer that one parameter leaves is left by all, or its memory would never be handed back.
-        leaving = {
-            slot.buffer
-            for (param, _, state_format), is_paged in zip(wanted, paged, strict=True)
-            if (slot := self.slots.get(id(param))) and not slot.fits(param, state_format, is_paged)
-        }
-        homeless: dict[tuple[torch.device, Format, bool], list[tuple[Tensor, str]]] = defaultdict(list)
-        for (param, name, state_format), is_paged in zip(wanted, paged, strict=True):
-            slot = self.slots.get(id(param))
-            if slot is None or slot.buffer in leaving:
-                homeless[param.device, state_format, is_paged].append((param, name))
-        on_host = sum(
-            nbytes(state_format, as_real(param).numel())
-            for (_, state_format, is_paged), members in homeless.items()
-            for param, _ in members
-            if is_paged
-        )
-        require_host(on_host, "paged optimizer state")
-        return {
-            id(slot.param): slot
-            for (device, state_format, is_paged), members in homeless.items()
-            for some in _grains(members, state_format, self.policy.grain)
-            for slot in make_slots(
-                state_format, some, device, paged=is_paged, steps_on_device=self.policy.capturable
-            )
-        }
-
     # Steps
 
     def prepare(self, work: Work) -> None:
         """All that a step needs and that can fail: staging buffers."""
         for device, pages in _by_device(work).items():
             if device not in self._pagers:
-                self._pagers[device] = Pager(device_for(device), self._transfer)
+                self._pagers[device] = Pager(self._device(device), self._transfer)
             paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
             self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
 
@@ -187,38 +164,144 @@ class Store:
 
     # Between steps
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have nothing moved meanwhile by another thread, and nothing spilled by this one either: an
+        allocation that fails in here finds state in use."""
+        with self._lock:
+            self._holders += 1
+            try:
+                yield
+            finally:
+                self._holders -= 1
+
+    @contextlib.contextmanager
+    def _still(self, state: State) -> Iterator[None]:
+        """Around all that moves, replaces or frees state: its GPUs stand still before and after. A step may
+        have run on any stream, this may be called under any other, by any thread, and torch's allocator hands
+        memory out again by the stream that it was allocated on: so the host waits for all of them, and
+        what was left is freed only then."""
+        with self.hold(), lasting():
+            left = [(buffer, buffer.arrays) for buffer in self.buffers]
+            shown = [list(entry.values()) for entry in state.values()]
+            self._synchronize()
+            try:
+                yield
+            finally:
+                self._synchronize()
+                del left, shown
+
+    def _synchronize(self) -> None:
+        for device in {buffer.device for buffer in self.buffers}:
+            self._device(device).synchronize()
+
+    def _device(self, device: torch.device) -> Device:
+        if device not in self._devices:
+            self._devices[device] = device_for(device)
+        return self._devices[device]
+
     def on_gpu(self, device: torch.device) -> int:
         """Bytes of state and staging there."""
+        resident = sum(buffer.nbytes for buffer in self._resident(device) if not buffer.on_host)
+        return resident + self._staging_bytes(device)
+
+    def _staging_bytes(self, device: torch.device) -> int:
         pager = self._pagers.get(device)
-        resident = sum(buffer.nbytes for buffer in self._resident(device))
-        return resident + (0 if pager is None else pager.staging_bytes)
+        return 0 if pager is None else pager.staging_bytes
 
     def _resident(self, device: torch.device) -> list[StateBuffer]:
-        return [buffer for buffer in self.buffers if not buffer.on_host and buffer.device == device]
+        """Also what waits on the host."""
+        return [buffer for buffer in self.buffers if not buffer.paged and buffer.device == device]
 
     def spill(self, device: torch.device, nbytes: int, wanted: Sequence[Wanted], state: State) -> int:
         """Page out resident state, until it and staging take so many bytes less of a GPU; how many bytes of
-        it went: none if the host has no room, or while state is held. Whole buffers go, the last first: to
-        share one out anew it would have to be there twice."""
-        if self._held:
-            return 0
-        resident = self._resident(device)
-        before = kept = sum(buffer.nbytes for buffer in resident)
-        allowed = self.on_gpu(device) - nbytes
-        while resident and kept + largest_ring() > allowed:
-            kept -= resident.pop().nbytes
-        if kept == before:
-            return 0
-        budget = min(kept + largest_ring(), max(allowed, SMALLEST_BUDGET))
-        policy = self.policy
-        self.policy = policy._replace(paged=True, budgets={**policy.budgets, device: budget})
+        it went: none if the host has no room, or while state is held. Whole buffers go, the last first, and
+        nothing else is touched: it takes no memory there."""
+        with self._unless_held() as free:
+            if not free or not self._resident(device):
+                return 0
+            self._take_over(wanted, state)
+            resident = self._resident(device)
+            kept = sum(buffer.nbytes for buffer in resident)
+            allowed = kept + self._staging_bytes(device) - nbytes
+            going = []
+            while resident and kept + largest_ring() > allowed:
+                going.append(resident.pop())
+                kept -= going[-1].nbytes
+            try:
+                require_host(sum(b.nbytes for b in going if not b.on_host), "paged optimizer state")
+                self._move(going, state, to_host=True, for_good=True)
+            except MemoryError as error:
+                _log.warning("state has to stay on %s: %s", device, error)
+            gone = [buffer for buffer in going if buffer.paged]
+            self._spilled += gone
+            self._limit(device, allowed)
+            return sum(buffer.nbytes for buffer in gone)
+
+    def unspill(self, device: torch.device, room: int, wanted: Sequence[Wanted], state: State) -> int:
+        """Take back the buffer that was spilled last, if so many bytes more of a GPU are enough; how many
+        bytes of state it were."""
+        with self._unless_held() as free:
+            if not free:
+                return 0
+            self._take_over(wanted, state)
+            buffer = next((buffer for buffer in reversed(self._spilled) if buffer.device == device), None)
+            if buffer is None:
+                return 0
+            allowed = self.on_gpu(device) + room
+            kept = sum(each.nbytes for each in self._resident(device)) + buffer.nbytes
+            paging = any(b.paged and b.device == device and b is not buffer for b in self.buffers)
+            if kept + paging * largest_ring() > allowed:
+                return 0
+            self._move([buffer], state, to_host=False, for_good=True)
+            self._spilled.remove(buffer)
+            self._limit(device, allowed)
+            if not paging and device in self._pagers:
+                self._pagers[device].free()
+            return buffer.nbytes
+
+    @contextlib.contextmanager
+    def _unless_held(self) -> Iterator[bool]:
+        """Whether state may be moved now, by this thread."""
+        free = self._lock.acquire(blocking=False)
         try:
+            yield free and not self._holders
+        finally:
+            if free:
+                self._lock.release()
+
+    def _take_over(self, wanted: Sequence[Wanted], state: State) -> None:
+        """What others have put into ``state``, before our buffers are shown there again."""
+        if not self.intact(state):
             self.reserve(wanted, state)
-        except MemoryError as error:
-            _log.warning("state has to stay on %s: %s", device, error)
-            self.policy = policy
-            return 0
-        return before - sum(buffer.nbytes for buffer in self._resident(device))
+        self._spilled = [buffer for buffer in self._spilled if buffer in self.buffers]
+
+    def _limit(self, device: torch.device, allowed: int) -> None:
+        """While anything is spilled, have pages and what comes later keep within the bytes that state and
+        staging are allowed."""
+        self._limits.pop(device, None)
+        if any(buffer.device == device for buffer in self._spilled):
+            kept = sum(buffer.nbytes for buffer in self._resident(device))
+            budget = min(kept + largest_ring(), max(allowed, SMALLEST_BUDGET))
+            self._limits[device] = budget
+            self._page_bytes[device] = min(largest_page(), budget // STAGES)
+
+    @lasting()
+    def park(self, state: State) -> None:
+        """Take what others have put into ``state`` to the host as it is, while nothing has a place yet.
+
+        Raises:
+            MemoryError: the host's memory is too small; nothing is changed then.
+        """
+        away = [
+            (entry, key, tensor)
+            for entry in state.values()
+            for key, tensor in entry.items()
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu"
+        ]
+        require_host(sum(tensor.nbytes for _, _, tensor in away), "offloaded optimizer state")
+        for entry, key, tensor in away:
+            entry[key] = tensor.cpu()
 
     def offload(self, state: State) -> None:
         """Take resident state to the host, and hand back the staging buffers.
@@ -228,9 +311,10 @@ class Store:
         """
         resident = [buffer for buffer in self.buffers if not buffer.on_host]
         require_host(sum(buffer.nbytes for buffer in resident), "offloaded optimizer state")
-        for pager in self._pagers.values():
-            pager.free()
-        self._move(resident, state, to_host=True)
+        with self._still(state):
+            for pager in self._pagers.values():
+                pager.free()
+            self._move(resident, state, to_host=True)
 
     def reload(self, state: State) -> None:
         """Take it back; does nothing if all is in its place."""
@@ -238,20 +322,18 @@ class Store:
         if away:
             self._move(away, state, to_host=False)
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Have nothing spilled meanwhile: an allocation that fails in here finds state in use."""
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
-
-    def _move(self, buffers: Sequence[StateBuffer], state: State, *, to_host: bool) -> None:
-        with self.hold(), DeferredInterrupt():
+    def _move(
+        self, buffers: Sequence[StateBuffer], state: State, *, to_host: bool, for_good: bool = False
+    ) -> None:
+        """``for_good``: what is on the host is paged from now on, what is not is resident."""
+        with self._still(state), DeferredInterrupt():
+            self.generation += 1
             try:
                 for buffer in buffers:
-                    buffer.move(to_host=to_host)
+                    if buffer.on_host != to_host:
+                        buffer.move(self._device(buffer.device).compute.copy, to_host=to_host)
+                    if for_good:
+                        buffer.paged = to_host
             finally:  # also if memory ran out halfway
                 for slot in self.slots.values():
                     if slot.entry:
@@ -271,21 +353,6 @@ class Store:
 
 def _shape(shape: torch.Size, is_complex: bool) -> str:
     return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
-
-
-def _grains(
-    members: Sequence[tuple[Tensor, str]], state_format: Format, grain: int | None
-) -> Iterator[Sequence[tuple[Tensor, str]]]:
-    """The members of each buffer: all in one, or so many that it takes little more than ``grain`` bytes."""
-    if grain is None:
-        yield members
-        return
-    start = size = 0
-    for index, (param, _) in enumerate(members):
-        size += nbytes(state_format, as_real(param).numel())
-        if size >= grain or index == len(members) - 1:
-            yield members[start : index + 1]
-            start, size = index + 1, 0
 
 
 def _by_device(work: Work) -> dict[torch.device, Work]:

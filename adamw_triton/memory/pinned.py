@@ -3,6 +3,10 @@
 torch's own pinned allocator rounds every request up to a power of two. Here memory is mapped, touched by
 several threads (which places the pages), and registered with the driver; it is unregistered and
 unmapped when the last tensor on it is gone, and at exit.
+
+A forked child does not have it: since Linux 5.9 a fork copies pinned pages at once, and every worker of a
+DataLoader would take as much memory as all of them. A child that reads such a tensor nevertheless dies of it
+(SIGSEGV); it may drop it. What torch's allocator or the system gives instead is not ours to advise about.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.units import format_bytes
 
 CHUNK = 16 << 30
@@ -57,6 +63,7 @@ class CudaRegistrar:
         self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
 
 
+@lasting()
 def host_bytes(size: int, device: torch.device) -> Tensor:
     """``size`` zeroed bytes on the host: pinned if ``device`` is a GPU, by torch's allocator if the driver
     refuses to register ours, and plain if that fails too (copies are slow then; it is logged)."""
@@ -67,15 +74,19 @@ def host_bytes(size: int, device: torch.device) -> Tensor:
         registrar = CudaRegistrar()
     except OSError as error:  # ROCm
         return _by_torch(size, str(error))
-    pinned = register_bytes(size, registrar, torch.cuda.synchronize)
+    pinned = register_bytes(size, registrar, partial(torch.cuda.synchronize, device))
     return pinned if isinstance(pinned, Tensor) else _by_torch(size, pinned)
 
 
+@lasting()
 def register_bytes(
     size: int, registrar: Registrar, synchronize: Callable[[], None], *, chunk: int = CHUNK
 ) -> Tensor | str:
-    """``size`` zeroed, registered bytes; or why the registrar refused, with nothing left behind."""
+    """``size`` zeroed, registered bytes; or why the registrar refused, with nothing left behind.
+    ``synchronize`` waits for the device that copies from and to them."""
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
+        mapping.madvise(mmap.MADV_DONTFORK)
     array = (ctypes.c_ubyte * size).from_buffer(mapping)
     tensor = torch.frombuffer(array, dtype=torch.uint8)
     _touch(tensor)
@@ -116,6 +127,8 @@ def _release(
     pid: int,
 ) -> None:
     if os.getpid() != pid:  # a fork's copy: the registration is its parent's
+        # So are the pages. Whatever the child has at these addresses by now, Python must not unmap.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
         return
     synchronize()  # copies that are still queued read or write it
     for address in addresses:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.memory import pinned
+from adamw_triton.memory.lasting import lasting
 
 Event = Any
 """A point in a stream; made by ``record``."""
@@ -51,7 +52,7 @@ class Device(Protocol):
         """The host waits for the event."""
 
     def synchronize(self) -> None:
-        """The host waits for everything."""
+        """The host waits for everything, whatever stream it is on: also others than these three."""
 
     def seconds(self, begin: Event, end: Event) -> float:
         """Between two events, once the second has happened."""
@@ -102,6 +103,7 @@ class CudaDevice:
     def compute(self) -> CudaStream:
         return CudaStream(torch.cuda.current_stream(self._device))
 
+    @lasting()
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
@@ -139,6 +141,7 @@ class HostDevice:
     def __init__(self) -> None:
         self.inbound = self.outbound = self.compute = HostStream()
 
+    @lasting()
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 

@@ -10,7 +10,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,22 +20,17 @@ from torch import Tensor
 from adamw_triton.arguments import Variant, is_trained
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
-from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection import rates
 from adamw_triton.selection.plans import UNKNOWN, Candidate, Limits, Plan
 from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
+from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
 from adamw_triton.state.placement import Policy
 from adamw_triton.store import State
 
 SPILLED_AT_ONCE = 512 << 20
 """Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times
 as long as launching them does."""
-
-Held = Callable[[torch.device], int]
-"""Bytes of state and staging on a GPU."""
-Spill = Callable[[torch.device, int], int]
-"""Takes so many bytes of state off a GPU; how many it were, 0 if there are none left."""
 
 _log = logging.getLogger("adamw_triton")
 
@@ -62,12 +57,13 @@ class Chooser(Protocol):
     def retreat(self) -> bool:
         """After what was decided ran out of memory: decide otherwise; False if there is no other way."""
 
-    def attach(self, held: Held, spill: Spill) -> None:
-        """Be given two methods of the optimizer, which is kept only weakly."""
+    def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None:
+        """Be given methods of the optimizer, which is kept only weakly."""
 
     def watch(self) -> None:
         """At the beginning of every step: spill where training has come to need more. That also happens when
-        an allocation fails between steps."""
+        an allocation fails between steps, whoever's it is. What was spilled comes back when there has been
+        room for it, beside the highest peak so far, for long."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Fixed:
     def retreat(self) -> bool:
         return False
 
-    def attach(self, held: Held, spill: Spill) -> None: ...
+    def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None: ...
 
     def watch(self) -> None: ...
 
@@ -105,11 +101,12 @@ class Auto:
         self.plan: Plan | None = None
         self._devices: Sequence[torch.device] = ()
         self._watches: dict[torch.device, Watch] = {}
-        self._held: weakref.WeakMethod[Held] | None = None
-        self._spill: weakref.WeakMethod[Spill] | None = None
+        self._ours: Ours | None = None
+        self._agreed = False
+        """With other ranks."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_watches": {}, "_held": None, "_spill": None}
+        return {**self.__dict__, "_watches": {}, "_ours": None}
 
     @property
     def _taken(self) -> Candidate | None:
@@ -154,7 +151,11 @@ class Auto:
             limits, taken = self._limits(device, loaded[device], there)
             demands.append(Demand(limits, trained[device]))
             host_room -= taken
-        self.plan = agree(select(demands, host_room, block_size=self._block_size, resident=self._capturable))
+        plan = select(demands, host_room, block_size=self._block_size, resident=self._capturable)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the gradients are there: so other ranks are about to come
+        self.plan, self._agreed = agree(plan, groups, (self._capturable, self._block_size))
         for device in self._devices:
             self._watch(device)
         if self.plan.chosen is None:
@@ -179,6 +180,8 @@ class Auto:
             return False
         failed = self.plan.chosen
         plan = self.plan.without_chosen("ran out of memory when it was allocated")
+        if self._agreed:
+            plan = plan.of_bits(failed.bits, f"other ranks keep {failed.bits}-bit state")
         if plan.chosen is None:
             return False
         self.plan = plan
@@ -187,8 +190,8 @@ class Auto:
         _log.warning("auto: %s ran out of memory; %s is used", failed.name, plan.chosen.name)
         return True
 
-    def attach(self, held: Held, spill: Spill) -> None:
-        self._held, self._spill = weakref.WeakMethod(held), weakref.WeakMethod(spill)
+    def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None:
+        self._ours = Ours(weakref.WeakMethod(held), weakref.WeakMethod(spill), weakref.WeakMethod(unspill))
 
     def watch(self) -> None:
         for device in self._devices:
@@ -198,9 +201,9 @@ class Auto:
 
     def _watch(self, device: torch.device) -> Watch | None:
         allocator = gpu.allocator_for(device)
-        if self._capturable or allocator is None or self._held is None or self._spill is None:
+        if self._capturable or allocator is None or self._ours is None:
             return None
-        self._watches[device] = Watch(device, allocator, self._held, self._spill)
+        self._watches[device] = Watch(device, allocator, self._ours)
         return self._watches[device]
 
 
@@ -209,62 +212,3 @@ def chooser_for(variant: Variant, budget: int | None, block_size: int, capturabl
     if variant.chosen:
         return Auto(budget, block_size, capturable)
     return Fixed(variant.bits, Policy(variant.paged, budget, capturable=capturable))
-
-
-class Watch:
-    """The memory of one GPU after the decision, and what the optimizer holds of it."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        allocator: gpu.Allocator,
-        held: weakref.WeakMethod[Held],
-        spill: weakref.WeakMethod[Spill],
-    ) -> None:
-        self._device = device
-        self._allocator = allocator
-        self._held, self._spill = held, spill
-        self.owed = self._peak = self._beside = 0
-        self._seen: tuple[int, int] | None = None
-        self._retries = self._note().retries
-        allocator.on_out_of_memory(self._failed)
-
-    def relieve(self) -> None:
-        """Spill what keeps the next peak from fitting, if it is like the highest so far."""
-        seen, self._seen = self._seen, self._allocator.signs()
-        if self._seen == seen and not self.owed:
-            return
-        now = self._note()
-        short = self._beside + self._holds() + now.fragmented + now.slack - now.available
-        if now.retries > self._retries:
-            self._retries = now.retries
-            short = max(short, now.slack)
-        short, self.owed = max(short, self.owed), 0
-        if short > 0:
-            self._make_room(short, "training has come to need more memory")
-
-    def _failed(self, allocation: int) -> None:
-        self.owed = max(self.owed, allocation + self._note().slack)
-        if self._make_room(self.owed, "an allocation failed"):
-            self.owed = 0
-
-    def _note(self) -> gpu.Snapshot:
-        """Look. If the peak has risen, it was beside what is held now: this is called before that changes."""
-        now = self._allocator.snapshot()
-        if now.active_peak > self._peak:
-            self._peak = now.active_peak
-            self._beside = max(self._beside, now.active_peak - self._holds())
-        return now
-
-    def _holds(self) -> int:
-        held = self._held()
-        return 0 if held is None else held(self._device)
-
-    def _make_room(self, short: int, why: str) -> int:
-        spill = self._spill()
-        freed = 0 if spill is None else spill(self._device, short)
-        if freed:
-            _log.warning(
-                "auto: %s: %s of state moved from %s to the host", why, format_bytes(freed), self._device
-            )
-        return freed

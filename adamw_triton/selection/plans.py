@@ -110,6 +110,10 @@ class Plan:
         """The plan after the chosen candidate has failed."""
         return self.without([obstacle if candidate is self.chosen else "" for candidate in self.candidates])
 
+    def of_bits(self, bits: int, obstacle: str) -> Plan:
+        """The plan where state has to have so many bits, because of the obstacle to others."""
+        return self.without(["" if candidate.bits == bits else obstacle for candidate in self.candidates])
+
     def reason(self, candidate: Candidate) -> str:
         """Why a candidate was taken or not."""
         if candidate is self.chosen:

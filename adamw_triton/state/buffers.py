@@ -6,13 +6,14 @@ parameter owns an aligned range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Format, as_real, nbytes, round_up
 
@@ -50,12 +51,11 @@ class Slot:
         """Whether the state is still one of a tensor like this."""
         return self.shape == param.shape and self.is_complex == param.is_complex()
 
-    def fits(self, param: Tensor, state_format: Format, paged: bool) -> bool:
+    def fits(self, param: Tensor, state_format: Format) -> bool:
         """Whether the slot can go on being this parameter's."""
         return (
             self.param is param
             and self.format == state_format
-            and self.buffer.paged == paged
             and self.has_shape_of(param)
             and self.buffer.device == param.device
         )
@@ -106,12 +106,13 @@ class Slot:
 
 class StateBuffer:
     """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
-    parameters. A paged one lives in pinned host memory.
+    parameters. A paged one lives in pinned host memory; one that is not may wait there.
 
     Args:
         steps_on_device: keep the step counts there; else on the CPU, as torch.optim.AdamW does by default.
     """
 
+    @lasting()
     def __init__(
         self,
         state_format: Format,
@@ -137,8 +138,10 @@ class StateBuffer:
         """Of the arrays."""
         return nbytes(self.format, self.numel)
 
-    def move(self, *, to_host: bool) -> None:
-        """Take the arrays to the host or back to the device. Views of them stay behind."""
+    @lasting()
+    def move(self, copy: Callable[[Tensor, Tensor], None], *, to_host: bool) -> None:
+        """Take the arrays to the host or back to the device, by ``copy(target, source)``. Views of them stay
+        behind, and whoever calls keeps the memory that was left until the copies have happened."""
         before, was_on_host = self.arrays, self.on_host
         self.on_host = to_host
         try:
@@ -147,7 +150,7 @@ class StateBuffer:
             self.on_host = was_on_host
             raise
         for name, array in self.arrays.items():
-            array.copy_(before[name])
+            copy(array, before[name])
 
     def _allocate(self) -> dict[str, Tensor]:
         sizes = {array: self.numel // array.per for array in self.format.arrays}

@@ -72,23 +72,31 @@ class Placement(NamedTuple):
         return self.resident_bytes + self.ring.nbytes
 
 
-def place(sizes: Sequence[tuple[Format, int]], paged: bool, budget: int | None = None) -> Placement:
+def place(
+    sizes: Sequence[tuple[Format, int]],
+    paged: bool,
+    budget: int | None = None,
+    settled: Sequence[bool | None] | None = None,
+) -> Placement:
     """Share out the state of one device's parameters, each of a format and a number of elements.
 
     All of it is resident unless ``paged``. Then ``budget``, in bytes of the GPU, goes to the ring and,
-    in the order of the parameters, to all that still fits; without one everything is paged.
+    in the order of the parameters, to all that still fits; without one everything is paged. ``settled``: of
+    each parameter, whether it is paged already, and stays so; None for those that have no place yet.
     """
     needs = [nbytes(*size) for size in sizes]
-    if not paged or (budget is not None and sum(needs) <= budget):
+    settled = [None] * len(sizes) if settled is None else settled
+    if not any(settled) and (not paged or (budget is not None and sum(needs) <= budget)):
         return Placement((False,) * len(sizes), PAGE_BYTES, Ring(0, 0), sum(needs), 0)
     page_bytes = PAGE_BYTES if budget is None else min(PAGE_BYTES, budget // STAGES)
-    room = 0 if budget is None else budget - STAGES * page_bytes
-    resident = 0
+    room = sum(needs) if not paged else 0 if budget is None else budget - STAGES * page_bytes
+    resident = sum(need for need, is_paged in zip(needs, settled, strict=True) if is_paged is False)
     where = []
-    for need in needs:
-        stays = resident + need <= room
-        resident += need * stays
-        where.append(not stays and need > 0)
+    for need, is_paged in zip(needs, settled, strict=True):
+        if is_paged is None:
+            is_paged = resident + need > room and need > 0
+            resident += need * (not is_paged)
+        where.append(is_paged)
     totals: dict[Format, int] = {}
     for is_paged, (state_format, numel) in zip(where, sizes, strict=True):
         if is_paged:
@@ -114,8 +122,13 @@ def ring_for(buffers: Iterable[tuple[Format, int]], page_bytes: int) -> Ring:
     return Ring(max(staged, default=0), min(STAGES, pages_of(buffers, page_bytes)))
 
 
+def largest_page() -> int:
+    """Bytes of a page where there is no need to save."""
+    return PAGE_BYTES
+
+
 def largest_ring() -> int:
-    """Bytes of the ring where there is no need to save."""
+    """Bytes of the ring there."""
     return STAGES * PAGE_BYTES
 
 

@@ -37,6 +37,8 @@ class Registrar:
         """Addresses and sizes, as registered."""
         self.log: list[object] = []
         """What happened when memory was handed back."""
+        self.devices: list[torch.device] = []
+        """That were waited for, where any was named."""
 
     def register(self, address: int, size: int) -> str | None:
         if len(self.chunks) == self.refused:
@@ -48,8 +50,9 @@ class Registrar:
         assert is_mapped(address)
         self.log.append(address)
 
-    def synchronize(self) -> None:
+    def synchronize(self, *device: torch.device) -> None:
         self.log.append("synchronized")
+        self.devices += device
 
 
 def is_mapped(address: int) -> bool:
@@ -184,7 +187,6 @@ memory = register_bytes(3 * PAGE, Registrar(), lambda: say("synchronize"), chunk
 for ways_out in ("del", "exit"):
     child = os.fork()
     if child == 0:
-        memory.fill_(3)
         if ways_out == "del":
             del memory
             gc.collect()
@@ -219,6 +221,51 @@ def test_a_forked_child_hands_nothing_back() -> None:
     """Neither when its copy of the last tensor goes, nor when it exits: the registration is its parent's."""
     said = said_by(FORKED)
     assert said[2:] == ["child del", "child exit", "end", *handed_back(said[:2])]
+
+
+HOLE = """
+import mmap
+memory = register_bytes(64 * PAGE, Registrar(), lambda: None)
+address = memory.data_ptr()
+
+def flags():
+    found = False
+    for line in open("/proc/self/smaps"):
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            found = start <= address < end
+        elif found and head == "VmFlags:":
+            return line.split()[1:]
+    return None
+
+say("dc" in flags())
+child = os.fork()
+if child == 0:
+    say(flags())
+    import ctypes
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+    PRIVATE_ANONYMOUS_FIXED = 0x32
+    taken = libc.mmap(address, 64 * PAGE, 3, PRIVATE_ANONYMOUS_FIXED, -1, 0)
+    assert taken == address  # as the next allocation in the child may
+    ctypes.memset(address, 7, 64 * PAGE)
+    del memory
+    gc.collect()
+    say(ctypes.string_at(address, 64 * PAGE) == bytes([7]) * 64 * PAGE)
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+say(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="not Linux")
+def test_a_forked_child_has_no_copy_and_keeps_what_it_puts_there() -> None:
+    """Pinned pages would be copied at once. Where they were, the child has room for others, which the
+    parent's tensor does not unmap when the child drops it."""
+    said = said_by(HOLE)
+    assert [line for line in said if "register" not in line] == ["True", "None", "True", "0"]
 
 
 REPEAT = """
@@ -321,7 +368,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Registrar:
     """As if there were a GPU, with a driver of ours."""
     registrar = Registrar()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: registrar.synchronize())
+    monkeypatch.setattr(torch.cuda, "synchronize", registrar.synchronize)
     monkeypatch.setattr(pinned, "CudaRegistrar", lambda: registrar)
     return registrar
 
@@ -345,6 +392,14 @@ def test_a_gpus_state_is_registered(driver: Registrar, told: list[str]) -> None:
     assert told == []
     del memory
     assert driver.log == ["synchronized", driver.chunks[0][0]]
+
+
+def test_memory_waits_for_the_gpu_that_uses_it(driver: Registrar) -> None:
+    """Not for whichever is current when it is handed back."""
+    memories = {index: host_bytes(100, torch.device("cuda", index)) for index in range(3)}
+    for index in (2, 0, 1):
+        del memories[index]
+    assert driver.devices == [torch.device("cuda", index) for index in (2, 0, 1)]
 
 
 def test_no_bytes_need_no_driver(driver: Registrar) -> None:

@@ -22,7 +22,7 @@ ROOMS = [
     {"reservations"},
     {"selection"},
     {"batch", "store", "stepped"},
-    {"hyperparameters"},
+    {"hyperparameters", "placing"},
     {"checkpoint"},
     {"arguments"},
     {"paging"},

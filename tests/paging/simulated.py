@@ -76,10 +76,12 @@ class SimulatedDevice:
     """Args:
     choose: the order.
     without: the line of ``pager.py`` whose waits are left out.
+    extra: streams of the user's beside the first, for ``compute``, which is whichever is current.
     """
 
     choose: Choose
     without: int | None = None
+    extra: int = 0
     inbound: Stream = field(init=False)
     outbound: Stream = field(init=False)
     compute: Stream = field(init=False)
@@ -88,12 +90,15 @@ class SimulatedDevice:
 
     def __post_init__(self) -> None:
         self.inbound, self.outbound, self.compute = Stream(self), Stream(self), Stream(self)
+        self.users = [self.compute, *(Stream(self) for _ in range(self.extra))]
+        self.running = False
+        """Whether something queued runs now."""
         self._memory = torch.zeros(1 << 16, dtype=torch.uint8)
         self._allocated: list[tuple[weakref.ref[Tensor], int]] = []
 
     @property
     def streams(self) -> list[Stream]:
-        return [self.inbound, self.compute, self.outbound]
+        return [self.inbound, *self.users, self.outbound]
 
     def waits(self) -> bool:
         """Whether the line of the pager that calls is to be heeded."""
@@ -141,8 +146,10 @@ class SimulatedDevice:
             return
         work = ready[self.choose(len(ready)) if len(ready) > 1 else 0].queue.popleft().work
         assert work is not None
+        self.running = True
         with torch.no_grad():  # as where it was queued
             work()
+        self.running = False
         while any([stream.settle() for stream in self.streams]):
             pass
 

@@ -122,12 +122,12 @@ def test_offloading_that_runs_out_of_memory_halfway(monkeypatch: pytest.MonkeyPa
     real = store.StateBuffer.move
     moves = 0
 
-    def move(self: store.StateBuffer, *, to_host: bool) -> None:
+    def move(self: store.StateBuffer, copy: Any, *, to_host: bool) -> None:
         nonlocal moves
         moves += 1
         if moves == 2:
             raise MemoryError
-        real(self, to_host=to_host)
+        real(self, copy, to_host=to_host)
 
     monkeypatch.setattr(store.StateBuffer, "move", move)
     with pytest.raises(MemoryError):

@@ -140,7 +140,8 @@ def test_activations_that_double_into_the_slack_spill_before_anything_fails(
     assert simulated.peak <= total
     assert simulated.training + loop.states[50] + 2 * before + int(gpu.SLACK_SHARE * total) <= total
     assert [r.getMessage() for r in caplog.records if "moved" in r.getMessage()] == [
-        "auto: training has come to need more memory: 1.5 MiB of state moved from cpu to the host"
+        "auto: training has come to need more memory: 1.5 MiB of state moved from cpu to the host, "
+        "until there is room for it over 100 steps"
     ]
     named = AdamW(parameters(SHAPES), variant="32bit")
     train(named, 60, first=0)
