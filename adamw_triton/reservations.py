@@ -96,6 +96,7 @@ class Reservations:
                 self.store.policy = self._chooser.policy
         self._formats = _formats(groups)
         self._batches.clear()  # what they used is free
+        self._generation = self.store.generation
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""
