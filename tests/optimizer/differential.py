@@ -1,7 +1,8 @@
 """An optimizer of ours and torch's AdamW in float64, under the same operations, compared after each.
 
-Before a step torch's takes over our weights and moments, decoded, so that each step is judged by itself and to the
-limits of its arithmetic and of its format. Between steps nothing may change but what an operation is there to change.
+Before a step torch's takes over our weights and moments, decoded, so that each step is judged by itself and
+to the limits of its arithmetic and of its format. Between steps nothing may change but what an operation is
+there to change.
 """
 
 from __future__ import annotations
