@@ -17,4 +17,4 @@ def compile_ahead(name: str, target: GPUTarget = AMPERE) -> None:
     module = importlib.import_module(f"adamw_triton_kernels.{name}")
     build = module.build(torch.bfloat16, torch.bfloat16)
     source = ASTSource(build.fn, build.signature, build.constexprs, build.attrs)
-    triton.compile(source, target=target, options={"num_warps": build.num_warps(target.warp_size)})
+    triton.compile(source, target=target, options=build.options(target.warp_size))

@@ -94,6 +94,11 @@ class Build:
     def num_warps(self, warp_size: int) -> int:
         return self.threads // warp_size
 
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """Of the compiler. Multiply-adds are fused where the kernels say so, and nowhere else: what it would
+        choose differs between targets, builds, loops and versions of Triton, and with it the last bit."""
+        return {"num_warps": self.num_warps(warp_size), "enable_fp_fusion": False}
+
     @property
     def tile(self) -> int:
         """Elements of one full tile."""
@@ -182,7 +187,7 @@ def call(
         if kernel is None:
             warp_size = torch.cuda.get_device_properties(device).warp_size
             kernel = _compiled[key, device] = spec.fn.warmup(
-                *arguments, **spec.constexprs, num_warps=spec.num_warps(warp_size), grid=(1,)
+                *arguments, **spec.constexprs, **spec.options(warp_size), grid=(1,)
             )
         # Called on the compiled kernel itself: Triton's own entry would bind, specialize and look up
         # every argument again, several times the cost of the launch.

@@ -17,6 +17,9 @@ from torch import Tensor
 # table stays under a megabyte however large the model is.
 MAX_CHUNKS = 65_536
 DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one element are far apart
+# The square root of the smallest normal fp32 number. What is less counts as this: GPUs take smaller v for zero,
+# and a zero denominator would throw the weight.
+SMALLEST_EPS = 2.0**-63
 
 
 class Hyper(NamedTuple):
@@ -24,17 +27,19 @@ class Hyper(NamedTuple):
 
     grad_scale: float
     """What gradients are multiplied by: 1/loss scale, negative to maximize."""
-    lerp1: float
-    """1 - beta1"""
-    lerp2: float
-    """1 - beta2"""
+    rest1: float
+    """beta1 less the integer next to it: beta1 below a half, else beta1 - 1. So fp32 tells all betas apart, near
+    0 and near 1."""
+    rest2: float
+    """Of beta2."""
     inv_root_correction2: float
     """1/sqrt(1 - beta2**step)"""
     eps: float
+    """At least ``SMALLEST_EPS``."""
     step_size: float
     """lr/(1 - beta1**step)"""
     decay: float
-    """lr * weight_decay"""
+    """weight_decay * (1 - beta1**step): of a weight, ``step_size`` times this is taken."""
     phase: int
     """Of the 8-bit code's dither at this step, modulo 2**32."""
 
@@ -53,12 +58,12 @@ class Hyper(NamedTuple):
         beta1, beta2 = betas
         return cls(
             grad_scale=grad_scale,
-            lerp1=1.0 - beta1,
-            lerp2=1.0 - beta2,
+            rest1=beta1 if beta1 < 0.5 else beta1 - 1.0,
+            rest2=beta2 if beta2 < 0.5 else beta2 - 1.0,
             inv_root_correction2=1.0 / math.sqrt(1.0 - beta2**step),
-            eps=eps,
+            eps=max(eps, SMALLEST_EPS),
             step_size=lr / (1.0 - beta1**step),
-            decay=lr * weight_decay,
+            decay=weight_decay * (1.0 - beta1**step),
             phase=step * DITHER_STEP % 2**32,
         )
 
@@ -82,9 +87,11 @@ def hyper_table_at(steps: Tensor, settings: Tensor) -> Tensor:
     """
     grad_scale, beta1, beta2, eps, lr, weight_decay = settings.unbind(1)
     step = steps.double()
+    rest1, rest2 = (torch.where(beta < 0.5, beta, beta - 1) for beta in (beta1, beta2))
     inv_root_correction2 = (1 - beta2**step).rsqrt()
-    step_size = lr / (1 - beta1**step)
-    numbers = (grad_scale, 1 - beta1, 1 - beta2, inv_root_correction2, eps, step_size, lr * weight_decay)
+    correction1 = 1 - beta1**step
+    eps, step_size, decay = eps.clamp(min=SMALLEST_EPS), lr / correction1, weight_decay * correction1
+    numbers = (grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay)
     return _packed(torch.stack(numbers, dim=1), steps.long() * DITHER_STEP)
 
 
