@@ -81,9 +81,10 @@ def _kernel(
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar.
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (Were `whole` the
+    # bound of this loop, its counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
-    for start in range(0, whole, TILE):
+    for start in range(0, count - TILE + 1, TILE):
         _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
             grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay,
