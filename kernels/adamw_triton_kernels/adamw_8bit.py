@@ -20,7 +20,7 @@ from adamw_triton_kernels.blockwise import (
 )
 from adamw_triton_kernels.launch import Build, launch, locate
 from adamw_triton_kernels.rounding import to_dtype
-from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_beta, reciprocal
+from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
 from adamw_triton_kernels.work import Layout
 
 THREADS = 128
@@ -66,7 +66,7 @@ def build(
 @triton.jit
 def _tile(
     param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-    grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay, phase,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
     PARAM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, SIZE // BLOCK)
@@ -88,8 +88,8 @@ def _tile(
     root_v = q * q * (v_scale * (1 / LEVELS))[:, None]
     # What the betas keep of the moments, while these are decoded. (That beta2 is rounded to fp32 is nothing
     # beside a code's few percent.)
-    beta1, lerp1 = of_beta(rest1)
-    beta2, lerp2 = of_beta(rest2)
+    _, beta1, lerp1 = of_gap(gap1)
+    _, beta2, lerp2 = of_gap(gap2)
     m = r * (m_scale * (beta1 * (1 / RATIO_LEVELS)))[:, None] * root_v
     v = root_v * (root_v * beta2)
     m = tl.fma(lerp1, g, m)
@@ -122,7 +122,7 @@ def _kernel(
     param, grad, offset, count, first, row = locate(
         addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
     m_codes = exp_avg_codes + offset
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
@@ -133,12 +133,12 @@ def _kernel(
     for start in range(0, count - TILE + 1, TILE):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-            grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay, phase,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, BLOCK, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-            grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay, phase,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, BLOCK, TAIL, True,
         )  # fmt: skip

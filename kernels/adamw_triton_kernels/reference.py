@@ -120,20 +120,19 @@ def _update_8bit(
 
 def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
     """beta1*m + (1-beta1)*g and beta2*v + (1-beta2)*g*g, in place."""
-    grad_scale, rest = numbers[0], numbers[1:3]
-    whole = rest < 0
-    lerp = torch.where(whole, -rest, 1 - rest)
+    grad_scale, gap1, gap2 = numbers[:3]
     g = g.float() * grad_scale
-    for old, new, *numbers_of_it in zip((m, v), (g, g * g), whole, rest, lerp, strict=True):
-        _mix(old, new, *numbers_of_it)
+    _mix(m, g, gap1)
+    _mix(v, g * g, gap2)
 
 
-def _mix(old: Tensor, new: Tensor, whole: Tensor, rest: Tensor, lerp: Tensor) -> None:
-    """beta*old + (1-beta)*new, in place, of positive terms for a beta below a half. Else it is old and small
-    terms: 0.999 rounded to fp32 would move the equilibrium of v by 1e-5."""
-    change = (old * rest).clamp_(min=-LARGEST)  # an infinite v stays so
-    change.add_(new * lerp)
-    old.masked_fill_(~whole, 0.0).add_(change)
+def _mix(old: Tensor, new: Tensor, gap: Tensor) -> None:
+    """beta*old + (1-beta)*new, in place. From a half on it is old, less the gap's share of it: 0.999 rounded to
+    fp32 would move the equilibrium of v by 1e-5. Below, where that would cancel, nothing is taken away."""
+    near_zero = gap.signbit()
+    change = (old * -gap).clamp_(min=-LARGEST)  # an infinite v stays so
+    change.add_(new * torch.where(near_zero, 1 + gap, gap))
+    old.masked_fill_(near_zero, 0.0).add_(change)
 
 
 def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, numbers: Tensor) -> Tensor:

@@ -35,27 +35,22 @@ def reciprocal(x):
 
 
 @triton.jit
-def of_beta(rest):
-    """beta and 1-beta of a ``Hyper.rest``, each rounded once."""
-    whole = tl.where(rest < 0, 1.0, 0.0)
-    return whole + rest, (1.0 - whole) - rest
+def of_gap(gap):
+    """The integer next to a beta, beta, and 1-beta, from ``Hyper.gap1`` or ``gap2``; the latter rounded once."""
+    integer = tl.where(gap.to(tl.int32, bitcast=True) < 0, 0.0, 1.0)
+    return integer, integer - gap, (1.0 - integer) + gap
 
 
 @triton.jit
-def two_parts(rest):
-    """beta as a number a little less, and what is missing: 0.999 rounded to fp32 would move the equilibrium
-    of v by 1e-5. Both are positive, so that an infinite v stays infinite."""
-    whole = tl.where(rest < 0, 1.0, 0.0)
-    bits = (whole + rest).to(tl.int32, bitcast=True)
-    most = (tl.maximum(bits, 1) - 1).to(tl.float32, bitcast=True)
-    return most, (whole - most) + rest
+def mix(old, new, gap):
+    """beta*old + (1-beta)*new: rounded once but for what is small beside it, and right for any beta.
 
-
-@triton.jit
-def mix(old, new, rest):
-    """beta*old + (1-beta)*new: rounded once but for what is small beside it, and right for any beta."""
-    most, little = two_parts(rest)
-    _, lerp = of_beta(rest)
+    beta is taken as the fp32 number before it and what is missing, for 0.999 rounded to fp32 would move the
+    equilibrium of v by 1e-5. Both are positive: an infinite v stays infinite.
+    """
+    integer, beta, lerp = of_gap(gap)
+    most = (tl.maximum(beta.to(tl.int32, bitcast=True), 1) - 1).to(tl.float32, bitcast=True)
+    little = (integer - most) - gap
     return tl.fma(most, old, tl.fma(lerp, new, little * old))
 
 

@@ -27,10 +27,10 @@ class Hyper(NamedTuple):
 
     grad_scale: float
     """What gradients are multiplied by: 1/loss scale, negative to maximize."""
-    rest1: float
-    """beta1 less the integer next to it: beta1 below a half, else beta1 - 1. So fp32 tells all betas apart, near
-    0 and near 1."""
-    rest2: float
+    gap1: float
+    """From beta1 to the integer next to it: 1 - beta1, or -beta1 if that is less than a half, -0.0 for 0. So fp32
+    tells betas near 0 and near 1 apart; the sign bit is that of the integer's choice."""
+    gap2: float
     """Of beta2."""
     inv_root_correction2: float
     """1/sqrt(1 - beta2**step)"""
@@ -58,8 +58,8 @@ class Hyper(NamedTuple):
         beta1, beta2 = betas
         return cls(
             grad_scale=grad_scale,
-            rest1=beta1 if beta1 < 0.5 else beta1 - 1.0,
-            rest2=beta2 if beta2 < 0.5 else beta2 - 1.0,
+            gap1=1.0 - beta1 if beta1 >= 0.5 else -float(beta1),
+            gap2=1.0 - beta2 if beta2 >= 0.5 else -float(beta2),
             inv_root_correction2=1.0 / math.sqrt(1.0 - beta2**step),
             eps=max(eps, SMALLEST_EPS),
             step_size=lr / (1.0 - beta1**step),
@@ -87,11 +87,11 @@ def hyper_table_at(steps: Tensor, settings: Tensor) -> Tensor:
     """
     grad_scale, beta1, beta2, eps, lr, weight_decay = settings.unbind(1)
     step = steps.double()
-    rest1, rest2 = (torch.where(beta < 0.5, beta, beta - 1) for beta in (beta1, beta2))
+    gap1, gap2 = (torch.where(beta >= 0.5, 1 - beta, -beta) for beta in (beta1, beta2))
     inv_root_correction2 = (1 - beta2**step).rsqrt()
     correction1 = 1 - beta1**step
     eps, step_size, decay = eps.clamp(min=SMALLEST_EPS), lr / correction1, weight_decay * correction1
-    numbers = (grad_scale, rest1, rest2, inv_root_correction2, eps, step_size, decay)
+    numbers = (grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay)
     return _packed(torch.stack(numbers, dim=1), steps.long() * DITHER_STEP)
 
 
