@@ -122,16 +122,17 @@ def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
     """beta1*m + (1-beta1)*g and beta2*v + (1-beta2)*g*g, in place."""
     grad_scale, gap1, gap2 = numbers[:3]
     g = g.float() * grad_scale
-    _mix(m, g, gap1)
     _mix(v, g * g, gap2)
+    _mix(m, g, gap1)
 
 
 def _mix(old: Tensor, new: Tensor, gap: Tensor) -> None:
-    """beta*old + (1-beta)*new, in place. From a half on it is old, less the gap's share of it: 0.999 rounded to
-    fp32 would move the equilibrium of v by 1e-5. Below, where that would cancel, nothing is taken away."""
+    """beta*old + (1-beta)*new, in place; new is used up. From a half on it is old, less the gap's share of it:
+    0.999 rounded to fp32 would move the equilibrium of v by 1e-5. Below, where that would cancel, nothing is
+    taken away."""
     near_zero = gap.signbit()
     change = (old * -gap).clamp_(min=-LARGEST)  # an infinite v stays so
-    change.add_(new * torch.where(near_zero, 1 + gap, gap))
+    change.add_(new.mul_(torch.where(near_zero, 1 + gap, gap)))
     old.masked_fill_(near_zero, 0.0).add_(change)
 
 
