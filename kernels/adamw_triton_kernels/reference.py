@@ -28,6 +28,7 @@ that is NaN has the codes 255 and 127.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -131,7 +132,7 @@ def _mix(old: Tensor, new: Tensor, gap: Tensor) -> None:
     0.999 rounded to fp32 would move the equilibrium of v by 1e-5. Below, where that would cancel, nothing is
     taken away."""
     near_zero = gap.signbit()
-    change = (old * -gap).clamp_(min=-LARGEST)  # an infinite v stays so
+    change = (old * -gap).nan_to_num_(math.nan, math.inf, -LARGEST)  # an infinite v stays so
     change.add_(new.mul_(torch.where(near_zero, 1 + gap, gap)))
     old.masked_fill_(near_zero, 0.0).add_(change)
 
