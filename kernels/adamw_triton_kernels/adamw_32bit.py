@@ -81,8 +81,8 @@ def _kernel(
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (Were `whole` the
-    # bound of this loop, its counter would be 64 bits wide: two instructions an element of 32-bit state.)
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
+    # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
     for start in range(0, count - TILE + 1, TILE):
         _tile(

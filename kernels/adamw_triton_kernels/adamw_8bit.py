@@ -127,8 +127,8 @@ def _kernel(
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (Were `whole` the
-    # bound of this loop, its counter would be 64 bits wide: two instructions an element of 32-bit state.)
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
+    # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
     for start in range(0, count - TILE + 1, TILE):
         _tile(

@@ -65,6 +65,6 @@ def levels_per_ratio(scale):
 
 @triton.jit
 def byte(x, factor, LAST: tl.constexpr, DTYPE: tl.constexpr):
-    """The code of x*factor: the integer nearest to it, ties to even, and ``LAST`` for what is more and for NaN."""
-    shifted = tl.fma(x, factor, ZERO)
-    return tl.minimum(shifted, ZERO + LAST).to(tl.uint32, bitcast=True).to(DTYPE)  # its low bits are the number
+    """The code of x*factor: the nearest integer, ties to even; ``LAST`` for what is more, and for NaN."""
+    shifted = tl.minimum(tl.fma(x, factor, ZERO), ZERO + LAST)
+    return shifted.to(tl.uint32, bitcast=True).to(DTYPE)  # the low bits are the integer, whatever its sign

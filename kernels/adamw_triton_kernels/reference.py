@@ -128,9 +128,11 @@ def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
 
 
 def _mix(old: Tensor, new: Tensor, gap: Tensor) -> None:
-    """beta*old + (1-beta)*new, in place; new is used up. From a half on it is old, less the gap's share of it:
-    0.999 rounded to fp32 would move the equilibrium of v by 1e-5. Below, where that would cancel, nothing is
-    taken away."""
+    """beta*old + (1-beta)*new, in place; new is used up.
+
+    From a half on it is old, less the gap's share: 0.999 rounded to fp32 would move the equilibrium of v by
+    1e-5. Below, where that would cancel, nothing is taken away.
+    """
     near_zero = gap.signbit()
     change = (old * -gap).nan_to_num_(math.nan, math.inf, -LARGEST)  # an infinite v stays so
     change.add_(new.mul_(torch.where(near_zero, 1 + gap, gap)))

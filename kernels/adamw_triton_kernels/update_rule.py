@@ -36,7 +36,7 @@ def reciprocal(x):
 
 @triton.jit
 def of_gap(gap):
-    """The integer next to a beta, beta, and 1-beta, from ``Hyper.gap1`` or ``gap2``; the latter rounded once."""
+    """From a ``Hyper.gap1`` or ``gap2``: the integer next to beta, beta, and 1-beta."""
     integer = tl.where(gap.to(tl.int32, bitcast=True) < 0, 0.0, 1.0)
     return integer, integer - gap, (1.0 - integer) + gap
 

@@ -17,8 +17,8 @@ from torch import Tensor
 # table stays under a megabyte however large the model is.
 MAX_CHUNKS = 65_536
 DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one element are far apart
-# The square root of the smallest normal fp32 number. What is less counts as this: GPUs take smaller v for zero,
-# and a zero denominator would throw the weight.
+# The square root of the smallest normal fp32 number. What is less counts as this: GPUs take smaller v for
+# zero, and a zero denominator would throw the weight.
 SMALLEST_EPS = 2.0**-63
 
 
@@ -28,8 +28,8 @@ class Hyper(NamedTuple):
     grad_scale: float
     """What gradients are multiplied by: 1/loss scale, negative to maximize."""
     gap1: float
-    """From beta1 to the integer next to it: 1 - beta1, or -beta1 if that is less than a half, -0.0 for 0. So fp32
-    tells betas near 0 and near 1 apart; the sign bit is that of the integer's choice."""
+    """From beta1 to the integer next to it: 1 - beta1 from a half on, else -beta1, -0.0 for 0. As fp32 it tells
+    betas near 0 apart as well as those near 1; its sign bit tells the integer."""
     gap2: float
     """Of beta2."""
     inv_root_correction2: float
