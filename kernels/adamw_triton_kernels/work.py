@@ -28,8 +28,8 @@ class Hyper(NamedTuple):
     grad_scale: float
     """What gradients are multiplied by: 1/loss scale, negative to maximize."""
     gap1: float
-    """From beta1 to the integer next to it: 1 - beta1 from a half on, else -beta1, -0.0 for 0. As fp32 it tells
-    betas near 0 apart as well as those near 1; its sign bit tells the integer."""
+    """From beta1 to the integer next to it: 1 - beta1 from a half on, else -beta1, -0.0 for 0. As fp32 it
+    tells betas near 0 apart as well as those near 1; its sign bit tells the integer."""
     gap2: float
     """Of beta2."""
     inv_root_correction2: float

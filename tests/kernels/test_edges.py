@@ -22,7 +22,7 @@ from torch import Tensor
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
 from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, hyper_table, reference
-from adamw_triton_kernels.work import SMALLEST_EPS
+from adamw_triton_kernels.work import SMALLEST_EPS, hyper_table_at
 
 LR = 1e-3
 BLOCK = 128
@@ -159,7 +159,7 @@ def test_a_step_is_that_of_float64(
 def test_finite_gradients_leave_weights_finite_wherever_torch_does(
     backend: str, bits: str, eps: float
 ) -> None:
-    """Every sequence of three of these gradients, of 8-bit state a block each; torch in fp32 stands beside."""
+    """Every sequence of three of these gradients, of 8-bit state a block each; torch in fp32 is beside it."""
     sizes = (0.0, 1e-45, -1e-40, 1e-19, 1.0, 1e20, 3e38)[:: 2 if bits == "8bit" else 1]
     table = torch.tensor(list(itertools.product(sizes, repeat=3))).repeat_interleave(
         BLOCK if bits == "8bit" else 1, 0
@@ -239,3 +239,16 @@ def test_every_nan_has_the_same_codes(bits: int) -> None:
         assert (int(q[5]), int(r[5])) == (255, 127)
         assert q.unique().numel() <= 3
         assert (run.moments()[1][6:] > 0).all()
+
+
+@pytest.mark.parametrize("betas", PAIRS)
+@pytest.mark.parametrize("eps", EPS)
+def test_the_table_that_is_made_on_a_device_is_the_same(betas: tuple[float, float], eps: float) -> None:
+    """To an ulp, and with the same signs, of zero too; betas that are integers as floats."""
+    for given in (betas, tuple(int(beta) if beta == 0 else beta for beta in betas)):
+        rows = [Hyper.at(step, lr=LR, betas=given, eps=eps, weight_decay=0.1) for step in (1, 2, 1000)]
+        numbers = torch.tensor([[1.0, *betas, eps, LR, 0.1]] * 3, dtype=torch.float64)
+        made, found = hyper_table(rows), hyper_table_at(torch.tensor([1, 2, 1000]), numbers)
+        assert made[:, 7].view(torch.int32).equal(found[:, 7].view(torch.int32))
+        assert torch.allclose(made[:, :7], found[:, :7], rtol=2e-7, atol=0)
+        assert made[:, :7].signbit().equal(found[:, :7].signbit())
