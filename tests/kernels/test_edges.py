@@ -245,8 +245,8 @@ def test_every_nan_has_the_same_codes(bits: int) -> None:
 @pytest.mark.parametrize("eps", EPS)
 def test_the_table_that_is_made_on_a_device_is_the_same(betas: tuple[float, float], eps: float) -> None:
     """To an ulp, and with the same signs, of zero too; betas that are integers as floats."""
-    for given in (betas, tuple(int(beta) if beta == 0 else beta for beta in betas)):
-        rows = [Hyper.at(step, lr=LR, betas=given, eps=eps, weight_decay=0.1) for step in (1, 2, 1000)]
+    for passed in (betas, tuple(int(beta) if beta == 0 else beta for beta in betas)):
+        rows = [Hyper.at(step, lr=LR, betas=passed, eps=eps, weight_decay=0.1) for step in (1, 2, 1000)]
         numbers = torch.tensor([[1.0, *betas, eps, LR, 0.1]] * 3, dtype=torch.float64)
         made, found = hyper_table(rows), hyper_table_at(torch.tensor([1, 2, 1000]), numbers)
         assert made[:, 7].view(torch.int32).equal(found[:, 7].view(torch.int32))

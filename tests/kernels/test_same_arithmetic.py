@@ -1,5 +1,5 @@
-"""The same bits from every build: what compilers make of the kernels has the same multiply-adds for whole tiles
-and for tails, for aligned addresses and for others, and compilers find nothing of their own to contract.
+"""The same bits from every build: what compilers make of the kernels has the same multiply-adds for whole
+tiles and for tails, for aligned addresses and for others, and they find nothing of their own to contract.
 
 Without the interpreter, in a subprocess: this file as a script.
 """
