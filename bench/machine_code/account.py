@@ -161,13 +161,12 @@ def compile_for(
     attrs: Mapping[tuple[int, ...], list[list[Any]]],
     target: str | GPUTarget,
     num_warps: int = 4,
-    num_stages: int | None = None,
-    options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Compiled:
     """Compile `fn` for `target` (a name in `TARGETS` or any `GPUTarget`) and read its machine code.
 
-    `signature`, `constexprs` and `attrs` are those of `triton.compiler.ASTSource`. Without `num_stages`
-    the target's default holds, as it does for a launch.
+    `signature`, `constexprs` and `attrs` are those of `triton.compiler.ASTSource`, `options` the compiler's:
+    for those not given the target's default holds, as it does for a launch.
     """
     if not isinstance(fn, JITFunction):
         raise TypeError(
@@ -176,10 +175,7 @@ def compile_for(
     if isinstance(target, str):
         target = TARGETS[target]
     source = ASTSource(fn, dict(signature), dict(constexprs), dict(attrs))
-    settings: dict[str, Any] = {"num_warps": num_warps, **(options or {})}
-    if num_stages is not None:
-        settings["num_stages"] = num_stages
-    kernel = triton.compile(source, target=target, options=settings)
+    kernel = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
     dialect = DIALECTS[target.backend]
     listing = dialect.read(kernel.asm[dialect.artifact], kernel.metadata.name)
     return Compiled(

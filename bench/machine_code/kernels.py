@@ -29,7 +29,7 @@ class Source(Protocol):
     def constexprs(self) -> Mapping[str, Any]: ...
     @property
     def attrs(self) -> Mapping[tuple[int, ...], list[list[Any]]]: ...
-    def num_warps(self, warp_size: int) -> int: ...
+    def options(self, warp_size: int) -> dict[str, Any]: ...
     @property
     def tile(self) -> int: ...
 
@@ -54,9 +54,9 @@ class _Launch:
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     tile: int
 
-    def num_warps(self, warp_size: int) -> int:
-        """Triton's default, which flashoptim leaves."""
-        return 4
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """As flashoptim leaves them: Triton's default of 4 warps, and of contraction, which 3.10 changes."""
+        return {"num_warps": 4}
 
 
 def _flashoptim(param: torch.dtype, grad: torch.dtype, correction: bool) -> Source:

@@ -85,9 +85,9 @@ def audit(case: Case) -> Row:
     judged = kernel.goal is not None
     try:
         source = kernel.build(DTYPES[case.params], DTYPES[case.grads])
-        num_warps = source.num_warps(TARGETS[case.target].warp_size)
+        options = source.options(TARGETS[case.target].warp_size)
         compiled = compile_for(
-            source.fn, source.signature, source.constexprs, source.attrs, case.target, num_warps
+            source.fn, source.signature, source.constexprs, source.attrs, case.target, **options
         )
         counted = account(compiled, source.tile)
     except Exception as error:  # whatever a compiler throws: the row says it, and the others go on

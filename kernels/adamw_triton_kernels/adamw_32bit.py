@@ -10,7 +10,7 @@ import triton.language as tl
 
 from adamw_triton_kernels.launch import Build, locate, prepare
 from adamw_triton_kernels.rounding import to_dtype
-from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight
+from adamw_triton_kernels.update_rule import load_hyper, mix, new_weight
 from adamw_triton_kernels.work import Arrays, Call, Layout, Update
 
 THREADS = 128
@@ -51,14 +51,15 @@ def build(
 @triton.jit
 def _tile(
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
     PARAM: tl.constexpr, AMSGRAD: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, SIZE)
     mask = at < count if MASKED else None
     g = tl.load(grad + at, mask).to(tl.float32) * grad_scale
     p = tl.load(param + at, mask).to(tl.float32)
-    m, v = new_moments(tl.load(exp_avg + at, mask), tl.load(exp_avg_sq + at, mask), g, lerp1, lerp2)
+    m = mix(tl.load(exp_avg + at, mask), g, gap1)
+    v = mix(tl.load(exp_avg_sq + at, mask), g * g, gap2)
     tl.store(exp_avg + at, m, mask)
     tl.store(exp_avg_sq + at, v, mask)
     if AMSGRAD:
@@ -77,21 +78,22 @@ def _kernel(
     param, grad, offset, count, _first, row = locate(
         addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, _phase = load_hyper(hyper, row)
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, _phase = load_hyper(hyper, row)
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar.
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
+    # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
-    for start in range(0, whole, TILE):
+    for start in range(0, count - TILE + 1, TILE):
         _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
             PARAM, AMSGRAD, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
             PARAM, AMSGRAD, TAIL, True,
         )  # fmt: skip

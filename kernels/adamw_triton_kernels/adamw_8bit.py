@@ -11,16 +11,16 @@ import triton.language as tl
 from adamw_triton_kernels.blockwise import (
     LEVELS,
     RATIO_LEVELS,
+    byte,
     encode_root_v,
     levels_per_ratio,
     levels_per_unit,
-    low_byte,
     ratio_scale,
     sticky_scale,
 )
 from adamw_triton_kernels.launch import Build, locate, prepare
 from adamw_triton_kernels.rounding import to_dtype
-from adamw_triton_kernels.update_rule import load_hyper, new_moments, new_weight, reciprocal
+from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
 from adamw_triton_kernels.work import Arrays, Call, Layout, Update
 
 THREADS = 128
@@ -67,7 +67,7 @@ def build(
 @triton.jit
 def _tile(
     param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
     PARAM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, SIZE // BLOCK)
@@ -87,23 +87,29 @@ def _tile(
     m_scale = tl.load(m_scales + block, block_mask, OTHER).to(tl.float32)
 
     root_v = q * q * (v_scale * (1 / LEVELS))[:, None]
-    m = r * (m_scale * (1 / RATIO_LEVELS))[:, None] * root_v
-    m, v = new_moments(m, root_v * root_v, g, lerp1, lerp2)
-    root_v = tl.sqrt(v)
+    # What the betas keep of the moments, while these are decoded. (That beta2 is rounded to fp32 is nothing
+    # beside a code's few percent.)
+    _, beta1, lerp1 = of_gap(gap1)
+    _, beta2, lerp2 = of_gap(gap2)
+    m = r * (m_scale * (beta1 * (1 / RATIO_LEVELS)))[:, None] * root_v
+    v = root_v * (root_v * beta2)
+    m = tl.fma(lerp1, g, m)
+    root_v = tl.sqrt(tl.fma(lerp2, g * g, v))
     p = new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay)
     tl.store(param + at, to_dtype(p, PARAM), mask)
 
     v_scale = sticky_scale(v_scale, tl.max(root_v, 1))
     per_unit = levels_per_unit(v_scale)
     q = encode_root_v(root_v, per_unit[:, None], first + at, phase)
-    tl.store(v_codes + at, low_byte(q, tl.uint8), mask)
+    tl.store(v_codes + at, byte(q, 1.0, 255, tl.uint8), mask)
     tl.store(v_scales + block, v_scale.to(tl.bfloat16), block_mask)
 
+    # By the q that is stored, or, where that has stopped at 255, the one that should be: m shrinks with it.
     inv_q = reciprocal(q)
     ratio = m * inv_q * inv_q  # m/root_v in units of 1/per_unit
     m_scale = ratio_scale(tl.max(tl.abs(ratio), 1) * per_unit)
     per_ratio = per_unit * levels_per_ratio(m_scale)
-    tl.store(m_codes + at, low_byte(ratio * per_ratio[:, None], tl.int8), mask)
+    tl.store(m_codes + at, byte(ratio, per_ratio[:, None], 127, tl.int8), mask)
     tl.store(m_scales + block, m_scale.to(tl.bfloat16), block_mask)
 
 
@@ -117,22 +123,23 @@ def _kernel(
     param, grad, offset, count, first, row = locate(
         addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
     m_codes = exp_avg_codes + offset
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar.
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
+    # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
-    for start in range(0, whole, TILE):
+    for start in range(0, count - TILE + 1, TILE):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, BLOCK, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
-            grad_scale, lerp1, lerp2, inv_root_correction2, eps, step_size, decay, phase,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, BLOCK, TAIL, True,
         )  # fmt: skip

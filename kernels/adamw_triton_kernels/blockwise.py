@@ -19,6 +19,7 @@ LEVELS = tl.constexpr(65025.0)  # 255**2: codes of exp_avg_sq are in units of it
 BELOW_ONE = tl.constexpr(1 - 2.0**-20)
 COARSE = tl.constexpr(3.0)
 RATIO_LEVELS = tl.constexpr(127.0)
+ZERO = tl.constexpr(12582912.0)  # 1.5 * 2**23, where the ulp is 1: an integer without a conversion
 
 
 @triton.jit
@@ -38,16 +39,16 @@ def levels_per_unit(scale):
 
 @triton.jit
 def encode_root_v(root_v, per_unit, index, phase):
-    """The code q of sqrt(v), as fp32: unbiased in v = (scale*(q/255)**2)**2."""
+    """The code q of sqrt(v), as fp32: unbiased in v = (scale*(q/255)**2)**2. More than 255 where the element
+    has outgrown a scale that is kept beside one that has overflowed."""
     squared = root_v * (per_unit * BELOW_ONE)
     low = tl.floor(tl.sqrt(squared))
     # width = (low+1)**4 - low**4 = (2*low+1)*((2*low+1)**2 + 1)/2, in units of 2**-32 of the dither.
-    odd = low * 2.0**-10 + 2.0**-11
-    width = odd * (odd * odd + 2.0**-22)
+    odd = tl.fma(low, 2.0**-10, 2.0**-11)
+    width = odd * tl.fma(odd, odd, 2.0**-22)
     low_squared = low * low
-    above = squared * squared - low_squared * low_squared
-    q = tl.where(dither(index, phase) * width < above, low + 1.0, low)
-    return tl.maximum(q, tl.minimum(low + 1.0, COARSE))
+    above = tl.fma(squared, squared, -(low_squared * low_squared))
+    return tl.where((dither(index, phase) * width < above) | (low < COARSE), low + 1.0, low)
 
 
 @triton.jit
@@ -63,6 +64,7 @@ def levels_per_ratio(scale):
 
 
 @triton.jit
-def low_byte(x, DTYPE: tl.constexpr):
-    """The integer nearest to x, ties to even, in two's complement: no conversion instruction."""
-    return (x + 12582912.0).to(tl.uint32, bitcast=True).to(DTYPE)  # 1.5 * 2**23: the ulp is 1
+def byte(x, factor, LAST: tl.constexpr, DTYPE: tl.constexpr):
+    """The code of x*factor: the nearest integer, ties to even; ``LAST`` for what is more, and for NaN."""
+    shifted = tl.minimum(tl.fma(x, factor, ZERO), ZERO + LAST)
+    return shifted.to(tl.uint32, bitcast=True).to(DTYPE)  # the low bits are the integer, whatever its sign

@@ -6,6 +6,12 @@ is the range of the arrays that begins at its offset.
 
 AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2.
 
+At the ends of fp32's range. An eps below 1.1e-19 counts as that (``work.SMALLEST_EPS``): no denominator is
+zero, and finite gradients never make a weight NaN. A v below 1.2e-38 counts on GPUs as zero where its square
+root is taken, which shows only beside an eps below 1e-12, and then as a factor of at most 2 in the change of
+the weight. A v that overflows, of gradients above 1.8e19, is infinite and stops its weight: with 32-bit state
+for good, with 8-bit state for that step.
+
 The 8-bit state: a block of consecutive elements has two bf16 scales, S and R, and each element two codes:
 
     sqrt(v) = S * (q/255)**2    q in 0..255        m = R * (r/127) * sqrt(v)    r in -127..127
@@ -14,10 +20,15 @@ S is kept while it fits the block (a scale that moved at every step would round 
 q is rounded so that v is right on average: v changes by 0.1% a step where a code is worth a few
 percent, and rounding to nearest would freeze it. m is stored as its ratio to the *decoded* sqrt(v),
 so the noise of q does not reach it, and the ratio is bounded and close to the update itself.
+
+Where one element's v overflows, its block keeps S, and others may have outgrown that. Their codes, and that
+of the infinite one, stop at 255, and m shrinks in the same proportion, to 0 with the infinite one. An element
+that is NaN has the codes 255 and 127.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -156,19 +167,31 @@ def _update_8bit(
 
 
 def _new_moments(m: Tensor, v: Tensor, g: Tensor, numbers: Tensor) -> None:
-    """m + (1-beta1)*(g - m) and v + (1-beta2)*(g*g - v), in place."""
-    grad_scale, lerp1, lerp2 = numbers[:3]
+    """beta1*m + (1-beta1)*g and beta2*v + (1-beta2)*g*g, in place."""
+    grad_scale, gap1, gap2 = numbers[:3]
     g = g.float() * grad_scale
-    m.add_((g - m).mul_(lerp1))
-    v.add_((g * g).sub_(v).mul_(lerp2))
+    _mix(v, g * g, gap2)
+    _mix(m, g, gap1)
+
+
+def _mix(old: Tensor, new: Tensor, gap: Tensor) -> None:
+    """beta*old + (1-beta)*new, in place; new is used up.
+
+    From a half on it is old, less the gap's share: 0.999 rounded to fp32 would move the equilibrium of v by
+    1e-5. Below, where that would cancel, nothing is taken away.
+    """
+    near_zero = gap.signbit()
+    change = (old * -gap).nan_to_num_(math.nan, math.inf, -LARGEST)  # an infinite v stays so
+    change.add_(new.mul_(torch.where(near_zero, 1 + gap, gap)))
+    old.masked_fill_(near_zero, 0.0).add_(change)
 
 
 def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, numbers: Tensor) -> Tensor:
-    """p - lr*weight_decay*p - lr/correction1 * m / (sqrt(v)/sqrt(correction2) + eps)"""
+    """p - lr/correction1 * (m / (sqrt(v)/sqrt(correction2) + eps) + decay*p)"""
     inv_root_correction2, eps, step_size, decay = numbers[3:]
     p = p.float()
     update = m / (root_v * inv_root_correction2).add_(eps)
-    weight: Tensor = p - update.mul_(step_size).add_(p * decay)
+    weight: Tensor = p - update.add_(p * decay).mul_(step_size)
     return weight
 
 
@@ -260,7 +283,7 @@ def _encode_v(
     """Writes q; m over the sqrt(v) that q stands for, in units of 1/per_unit, and its peaks. The dither of
     an element is its block's start and its own step."""
     codes = _encoded_root_v(root_v, per_unit, _unsigned(starts + steps))
-    q.copy_(_finite(codes))
+    q.copy_(_bounded(codes, 255))
     inv = codes.reciprocal()
     ratio = (m * inv).mul_(inv)
     return ratio, _peaks(ratio.abs())
@@ -268,12 +291,12 @@ def _encode_v(
 
 @fused
 def _encode_m(ratio: Tensor, per_ratio: Tensor, r: Tensor) -> None:
-    r.copy_(_finite((ratio * per_ratio).round_()))
+    r.copy_(_bounded((ratio * per_ratio).round_(), 127))
 
 
-def _finite(codes: Tensor) -> Tensor:
-    """What is not finite gets code 0, as in the kernels: it has no integer."""
-    return codes.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+def _bounded(codes: Tensor, last: int) -> Tensor:
+    """The last code for what is more, and for what is NaN and has no integer."""
+    return codes.nan_to_num(nan=last).clamp_(max=last)
 
 
 def _peaks(blocks: Tensor) -> Tensor:
@@ -295,7 +318,7 @@ def _ratio_scale(peak: Tensor) -> Tensor:
 
 def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     """q, as fp32: with y = 255*sqrt(root_v/S) and low = floor(y), it is low or low + 1 so that on
-    average over the dither q**4 is y**4.
+    average over the dither q**4 is y**4. More than 255 where root_v is more than S.
 
     The lowest codes lie factors apart. There q is low + 1, never a zero: a denominator too small by
     such a factor would throw the weight, one too large only slows it.
@@ -305,8 +328,8 @@ def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     odd = (low * 2**-10).add_(2**-11)
     width = (odd * odd).add_(2**-22).mul_(odd)  # (low+1)**4 - low**4 = (2*low+1)((2*low+1)**2+1)/2
     above = (squared * squared).sub_((low * low).square_())
-    up = width.mul_(dither) < above
-    return torch.maximum(low + up, (low + 1).clamp_(max=COARSE))
+    up = (width.mul_(dither) < above).logical_or_(low < COARSE)
+    return low + up
 
 
 def _weyl(index: Tensor, phase: int = 0) -> Tensor:

@@ -1,6 +1,9 @@
 """The AdamW arithmetic on one tile of elements, in fp32: the one copy of it for all kernels.
 
 Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2. Plain torch: ``reference.py``.
+
+No product stands where it is added to something but in a ``tl.fma``: there is nothing left to contract, so
+every compiler, for every target, rounds alike.
 """
 
 import triton
@@ -32,20 +35,30 @@ def reciprocal(x):
 
 
 @triton.jit
-def new_moments(m, v, g, lerp1, lerp2):
-    """m + (1-beta1)*(g - m) and v + (1-beta2)*(g*g - v).
+def of_gap(gap):
+    """From a ``Hyper.gap1`` or ``gap2``: the integer next to beta, beta, and 1-beta."""
+    integer = tl.where(gap.to(tl.int32, bitcast=True) < 0, 0.0, 1.0)
+    return integer, integer - gap, (1.0 - integer) + gap
 
-    In this form only the small factors are rounded to fp32; 0.999 rounded would move the
-    equilibrium of v by 1e-5.
+
+@triton.jit
+def mix(old, new, gap):
+    """beta*old + (1-beta)*new: rounded once but for what is small beside it, and right for any beta.
+
+    beta is taken as the fp32 number before it and what is missing, for 0.999 rounded to fp32 would move the
+    equilibrium of v by 1e-5. Both are positive: an infinite v stays infinite.
     """
-    return m + lerp1 * (g - m), v + lerp2 * (g * g - v)
+    integer, beta, lerp = of_gap(gap)
+    most = (tl.maximum(beta.to(tl.int32, bitcast=True), 1) - 1).to(tl.float32, bitcast=True)
+    little = (integer - most) - gap
+    return tl.fma(most, old, tl.fma(lerp, new, little * old))
 
 
 @triton.jit
 def new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay):
-    """p - lr*weight_decay*p - lr/correction1 * m / (root_v/sqrt(correction2) + eps).
+    """p - lr/correction1 * (m / (root_v/sqrt(correction2) + eps) + decay*p).
 
     The change is summed before it is taken from p, so p is rounded once a step.
     """
-    inv_root = tl.rsqrt(root_v * inv_root_correction2 + eps)
-    return p - (decay * p + (step_size * inv_root) * (m * inv_root))
+    inverse = reciprocal(tl.fma(root_v, inv_root_correction2, eps))
+    return tl.fma(-step_size, tl.fma(decay, p, m * inverse), p)

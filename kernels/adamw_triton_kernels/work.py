@@ -18,6 +18,9 @@ from torch import Tensor
 # table stays under a megabyte however large the model is.
 MAX_CHUNKS = 65_536
 DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one element are far apart
+# The square root of the smallest normal fp32 number. What is less counts as this: GPUs take smaller v for
+# zero, and a zero denominator would throw the weight.
+SMALLEST_EPS = 2.0**-63
 
 
 class Hyper(NamedTuple):
@@ -25,17 +28,19 @@ class Hyper(NamedTuple):
 
     grad_scale: float
     """What gradients are multiplied by: 1/loss scale, negative to maximize."""
-    lerp1: float
-    """1 - beta1"""
-    lerp2: float
-    """1 - beta2"""
+    gap1: float
+    """From beta1 to the integer next to it: 1 - beta1 from a half on, else -beta1, -0.0 for 0. As fp32 it
+    tells betas near 0 apart as well as those near 1; its sign bit tells the integer."""
+    gap2: float
+    """Of beta2."""
     inv_root_correction2: float
     """1/sqrt(1 - beta2**step)"""
     eps: float
+    """At least ``SMALLEST_EPS``."""
     step_size: float
     """lr/(1 - beta1**step)"""
     decay: float
-    """lr * weight_decay"""
+    """weight_decay * (1 - beta1**step): of a weight, ``step_size`` times this is taken."""
     phase: int
     """Of the 8-bit code's dither at this step, modulo 2**32."""
 
@@ -54,12 +59,12 @@ class Hyper(NamedTuple):
         beta1, beta2 = betas
         return cls(
             grad_scale=grad_scale,
-            lerp1=1.0 - beta1,
-            lerp2=1.0 - beta2,
+            gap1=1.0 - beta1 if beta1 >= 0.5 else -float(beta1),
+            gap2=1.0 - beta2 if beta2 >= 0.5 else -float(beta2),
             inv_root_correction2=1.0 / math.sqrt(1.0 - beta2**step),
-            eps=eps,
+            eps=max(eps, SMALLEST_EPS),
             step_size=lr / (1.0 - beta1**step),
-            decay=lr * weight_decay,
+            decay=weight_decay * (1.0 - beta1**step),
             phase=step * DITHER_STEP % 2**32,
         )
 
@@ -83,9 +88,11 @@ def hyper_table_at(steps: Tensor, settings: Tensor) -> Tensor:
     """
     grad_scale, beta1, beta2, eps, lr, weight_decay = settings.unbind(1)
     step = steps.double()
+    gap1, gap2 = (torch.where(beta >= 0.5, 1 - beta, -beta) for beta in (beta1, beta2))
     inv_root_correction2 = (1 - beta2**step).rsqrt()
-    step_size = lr / (1 - beta1**step)
-    numbers = (grad_scale, 1 - beta1, 1 - beta2, inv_root_correction2, eps, step_size, lr * weight_decay)
+    correction1 = 1 - beta1**step
+    eps, step_size, decay = eps.clamp(min=SMALLEST_EPS), lr / correction1, weight_decay * correction1
+    numbers = (grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay)
     return _packed(torch.stack(numbers, dim=1), steps.long() * DITHER_STEP)
 
 

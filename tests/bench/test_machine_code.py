@@ -77,7 +77,7 @@ def _measure(
     constexprs = {"TILE": TILE, "ROOTS": roots}
     chosen = {name: constexprs[name] for name, kind in signature.items() if kind == "constexpr"}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {(i,): [["tt.divisibility", 16]] for i in range(aligned)}
-    compiled = compile_for(fn, signature, chosen, attrs, target, WARPS, options=options)
+    compiled = compile_for(fn, signature, chosen, attrs, target, WARPS, **options)
     counted = account(compiled, TILE)
     return {
         "instructions": counted.instructions,

@@ -166,7 +166,7 @@ def test_8bit_codes_are_the_same(
         for name in ("exp_avg_scales", "exp_avg_sq_scales"):
             rows = comparable if name == "exp_avg_scales" else slice(None)
             assert ulps(actual.arrays[name][rows], expected.arrays[name][rows]) <= 1, name
-        check_params(actual, expected, old, WEIGHTS[device])
+        check_params(actual, expected, old, WEIGHTS[device] + 4)  # decoding m and sqrt(v)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -27,8 +27,8 @@ builds = [
     adamw_8bit.build(fp16, fp32, BLOCK=256),
 ]
 for build in builds:
-    warps = build.num_warps(TARGETS[target].warp_size)
-    code = compile_for(build.fn, build.signature, build.constexprs, build.attrs, target, num_warps=warps)
+    options = build.options(TARGETS[target].warp_size)
+    code = compile_for(build.fn, build.signature, build.constexprs, build.attrs, target, **options)
     assert code.threads == build.threads
     assert code.everything
     assert code.spilled_registers == 0 == code.stack_bytes, (build.constexprs, code.stack_bytes)
