@@ -9,6 +9,7 @@ import torch
 
 from adamw_triton.arguments import name_of
 from adamw_triton.batch import Batch, Item
+from adamw_triton.checkpoint import has_state
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.formats import as_real, format_for
@@ -90,11 +91,12 @@ class Reservations:
         for group_index, group in enumerate(groups):
             amsgrad = bool(group["amsgrad"])
             bits = bits_of(group["state_bits"], amsgrad, self._chooser.bits)
+            betas = float(group["betas"][0]), float(group["betas"][1])
             for index, param in enumerate(group["params"]):
                 trained = not stateful_only and (param.requires_grad or param.grad is not None)
-                if trained or param in state:
+                if trained or has_state(state.get(param, {})):
                     state_format = format_for(as_real(param).numel(), bits, self._block_size, amsgrad)
-                    found.append(Wanted(param, name_of(group, group_index, index), state_format))
+                    found.append(Wanted(param, name_of(group, group_index, index), state_format, betas))
         return found
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ class Wanted(NamedTuple):
     name: str
     """What error messages call it."""
     format: Format
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of its group."""
 
 
 class Store:
@@ -72,75 +74,115 @@ class Store:
         tensors about."""
         if self._shown is None:
             return False
-        shown = itertools.chain.from_iterable(map(dict.values, state.values()))
-        return all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown)))
+        try:
+            shown = itertools.chain.from_iterable(map(dict.values, state.values()))
+            if all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown))):
+                return True
+        except TypeError:  # a wrapper's value that is no dict
+            pass
+        return self._shows_ours(state)
+
+    def _shows_ours(self, state: State) -> bool:
+        """The same, where not all is as it was: others keep state of their own there."""
+        missing = {id(slot.param) for slot in self.slots.values() if slot.entry}
+        for key, entry in state.items():
+            slot = self.slots.get(id(key))
+            if slot is not None and slot.entry:
+                if not slot.is_shown_by(entry):
+                    return False
+                missing.remove(id(key))
+            elif isinstance(key, Tensor) and checkpoint.has_state(entry):
+                return False
+        if missing:
+            return False
+        self._remember(state)
+        return True
 
     def reserve(self, wanted: Sequence[Wanted], state: State) -> None:
         """Give each parameter a slot, and put there what ``state`` shows for it. Others lose theirs.
 
+        All that can fail comes first: new buffers, and what is to be copied over state that is there.
+
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
-            RuntimeError: a parameter has changed its shape.
+            RuntimeError: a parameter has changed its shape; nothing is changed then.
+            ValueError: somebody put something else into ``state``; nothing is changed then.
         """
-        for param, name, _ in wanted:
+        stateful = {id(want.param) for want in wanted if checkpoint.has_state(state.get(want.param, {}))}
+        for param, name, *_ in wanted:
             slot = self.slots.get(id(param))
-            if slot is not None and slot.shape != param.shape and param in state:
+            if slot is not None and slot.shape != param.shape and id(param) in stateful:
                 raise RuntimeError(
                     f"{name} had shape {tuple(slot.shape)} when its state was made and has now "
                     f"{tuple(param.shape)}: delete its state (del optimizer.state[param]) first"
                 )
         self.finish()
         with self.hold():
-            paged = self._place(wanted)
+            paged, page_bytes = self._place(wanted)
             made = self._make_slots(wanted, paged)
+            slots = {
+                id(want.param): made.get(id(want.param)) or self.slots[id(want.param)] for want in wanted
+            }
+            taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
+            fresh, kept, left = [], [], []
+            for param, _, _, betas in wanted:
+                slot = slots[id(param)]
+                if id(param) not in stateful:
+                    left.extend([slot] if slot.entry else [])  # someone deleted it: begin anew
+                elif id(param) in made:
+                    checkpoint.prepare(state[param], slot, betas, fresh=True).commit()
+                    fresh.append(slot)
+                elif not slot.is_shown_by(state[param]):
+                    kept.append(checkpoint.prepare(state[param], slot, betas, fresh=False, taken=taken))
             self._shown = None  # from here to the end, an interrupted call is begun again
-            self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
-            for param, _, _ in wanted:
-                slot = self.slots[id(param)]
-                shown = state.get(param)
-                if shown and not slot.is_shown_by(shown):
-                    checkpoint.place(shown, slot)
-                    state[param] = slot.attach()
-                elif not shown and slot.entry:  # someone deleted it: begin anew
-                    slot.clear()
+            self.slots = slots
+            self._page_bytes.update(page_bytes)
+            for slot in fresh:
+                show(slot, state)
+            for arrival in kept:
+                arrival.commit()
+                show(arrival.slot, state)
+            for slot in left:
+                slot.clear()
             self._remember(state)
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""
         fresh = [slot for slot in slots if not slot.entry]
         for slot in fresh:
-            state[slot.param] = slot.attach()
+            show(slot, state)
         if fresh:
             self._remember(state)
 
     def _remember(self, state: State) -> None:
-        self._shown = [tensor for entry in state.values() for tensor in entry.values()]
+        entries = (entry for entry in state.values() if isinstance(entry, Mapping))
+        self._shown = [value for entry in entries for value in entry.values()]
 
-    def _place(self, wanted: Sequence[Wanted]) -> list[bool]:
-        """Which of them are paged."""
+    def _place(self, wanted: Sequence[Wanted]) -> tuple[list[bool], dict[torch.device, int]]:
+        """Which of them are paged, and the bytes of a page on each device."""
         of_device: dict[torch.device, list[int]] = defaultdict(list)
-        for index, (param, _, _) in enumerate(wanted):
-            of_device[param.device].append(index)
-        paged = [False] * len(wanted)
+        for index, want in enumerate(wanted):
+            of_device[want.param.device].append(index)
+        paged, page_bytes = [False] * len(wanted), {}
         for device, indices in of_device.items():
             sizes = [(wanted[index].format, as_real(wanted[index].param).numel()) for index in indices]
             budget = self.policy.budgets.get(device, self.policy.budget)
             placement = place(sizes, self.policy.paged, budget)
-            self._page_bytes[device] = placement.page_bytes
+            page_bytes[device] = placement.page_bytes
             for index, is_paged in zip(indices, placement.paged, strict=True):
                 paged[index] = is_paged
-        return paged
+        return paged, page_bytes
 
     def _make_slots(self, wanted: Sequence[Wanted], paged: Sequence[bool]) -> dict[int, Slot]:
         """New slots, in new buffers, where the old ones will not do."""
         # A buffer that one parameter leaves is left by all, or its memory would never be handed back.
         leaving = {
             slot.buffer
-            for (param, _, state_format), is_paged in zip(wanted, paged, strict=True)
+            for (param, _, state_format, _), is_paged in zip(wanted, paged, strict=True)
             if (slot := self.slots.get(id(param))) and not slot.fits(param, state_format, is_paged)
         }
         homeless: dict[tuple[torch.device, Format, bool], list[tuple[Tensor, str]]] = defaultdict(list)
-        for (param, name, state_format), is_paged in zip(wanted, paged, strict=True):
+        for (param, name, state_format, _), is_paged in zip(wanted, paged, strict=True):
             slot = self.slots.get(id(param))
             if slot is None or slot.buffer in leaving:
                 homeless[param.device, state_format, is_paged].append((param, name))
@@ -253,7 +295,7 @@ class Store:
             finally:  # also if memory ran out halfway
                 for slot in self.slots.values():
                     if slot.entry:
-                        state[slot.param] = slot.attach()
+                        show(slot, state)
                 self._remember(state)
 
     def memory(self) -> dict[str, int]:
@@ -265,6 +307,11 @@ class Store:
             places["gpu" if on_gpu else "host"] += buffer.nbytes
             formats[buffer.format.name] += buffer.nbytes
         return {**places, **formats}
+
+
+def show(slot: Slot, state: State) -> None:
+    """Let ``state`` show a slot's memory, beside what others keep there."""
+    state[slot.param] = {**slot.attach(), **checkpoint.others_of(state.get(slot.param, {}))}
 
 
 def _grains(
