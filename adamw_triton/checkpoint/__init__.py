@@ -1,8 +1,9 @@
 """State in and out of the optimizer.
 
 ``dialects`` is the table of what AdamW optimizers call their state and how they code it, ``entries`` reads
-one parameter's by it; ``loading`` checks a whole state_dict; ``arrivals`` makes it what the flat buffers hold, and
-puts it there; ``saving`` makes one; ``files`` reads and writes them, and ``conversion`` makes one file of another.
+one parameter's by it; ``loading`` checks a whole state_dict; ``arrivals`` makes of it what the flat buffers
+hold, and puts it there; ``saving`` makes one; ``files`` reads and writes them, and ``conversion`` makes one
+file of another.
 """
 
 from adamw_triton.checkpoint.arrivals import Arrival, prepare

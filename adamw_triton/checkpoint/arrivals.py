@@ -1,4 +1,4 @@
-"""One parameter's state into its slot: made ready first, so that nothing can fail once old state is overwritten."""
+"""One parameter's state into its slot: made ready first, so that nothing can fail later."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Arrival:
 
 
 def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequence[Tensor] = ()) -> Arrival:
-    """Make of a parameter's state, of any dialect, what its slot will hold: its codes as they are, in their own
-    memory order, if they are in the slot's format; else encoded anew.
+    """Make of a parameter's state, of any dialect, what its slot will hold: codes of the slot's format as they
+    are, in their own memory order; else it is encoded anew.
 
     Args:
         betas: of its group. They bound m by v, see ``raised``.
@@ -73,7 +73,7 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
 
 
 def _waiting(part: Tensor, target: Tensor, taken: Sequence[Tensor], given: bool) -> Tensor:
-    """Where it stays until the others are ready: as it is if it was given so and nobody writes there; what was
+    """Where it stays until the others are ready: as it is if it was given so and nobody writes there. What was
     made here waits on the host, for state may not fit a GPU twice."""
     if not given:
         return part.cpu()
@@ -93,13 +93,13 @@ def _flat_moments(saved: Saved, slot: Slot) -> Moments:
 
 
 def raised(moments: Moments, betas: Betas) -> Moments:
-    """With v no smaller than an AdamW can have it beside m, since a format may keep m by its ratio to sqrt(v):
+    """With v no smaller than an AdamW can have it beside m, since 8 bits keep m by its ratio to sqrt(v):
 
         |m| <= (1-b1) / sqrt((1-b2) * (1 - b1**2/b2)) * sqrt(v)
 
-    by Cauchy and Schwarz over the gradients that both are sums of; 7.3 sqrt(v) with the default betas. In fp16,
-    or in another optimizer's 8 bits, a small v is rounded to nothing while m is still there. Where b1**2 >= b2
-    there is no such bound.
+    by Cauchy and Schwarz over the gradients that both are sums of; 7.3 sqrt(v) with the default betas. In
+    fp16, or in another optimizer's 8 bits, a small v is rounded to nothing while m is still there, and one
+    such element would take the scale of its block. Where b1**2 >= b2 there is no such bound.
     """
     b1, b2 = betas
     m, v = moments["exp_avg"], moments["exp_avg_sq"]

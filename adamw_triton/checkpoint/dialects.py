@@ -168,4 +168,4 @@ OTHERS = (
 """What other optimizers keep, by what only theirs has and lacks: (present, absent, whose)."""
 
 NOT_OURS = ("mu_product",)
-"""Beside a whole AdamW's state, what makes it another optimizer's. Under other names a wrapper may keep its own."""
+"""What makes a whole AdamW's state another optimizer's. Under other names a wrapper may keep its own there."""

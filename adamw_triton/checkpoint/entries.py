@@ -1,8 +1,8 @@
 """One parameter's state as somebody saved it: recognised, checked, decoded.
 
-An *entry* is what a state_dict holds for one parameter. What has a name of some dialect is the optimizer's: it is
-flattened into parts, recognised by their names, and checked against its dialect; decoded, it gives fp32 moments in
-the parameter's shape. Under any other key it is somebody else's, a wrapper's: that is kept as it is.
+An *entry* is what a state_dict holds for one parameter. What has a name of some dialect is the optimizer's: it
+is flattened into parts, recognised by their names, and checked against its dialect; decoded, it gives fp32 moments
+in the parameter's shape. Under any other key it is somebody else's, a wrapper's: that is kept as it is.
 """
 
 from __future__ import annotations
@@ -194,16 +194,12 @@ def _known() -> str:
 
 
 def _step(value: Any, name: str) -> float:
-    count = value
+    count: Any = value
     if isinstance(value, Tensor):
         value = _plain("step", value, None, name)
         count = value.item() if value.numel() == 1 else None
-    if (
-        not isinstance(count, numbers.Real)
-        or isinstance(count, bool)
-        or not 0 <= count <= MOST_STEPS
-        or count != int(count)
-    ):
+    is_number = isinstance(count, numbers.Real) and not isinstance(count, bool)
+    if not is_number or not 0 <= count <= MOST_STEPS or count != int(count):
         raise ValueError(f"state of {name}: step is {value!r}, expected a count of steps up to 2**31")
     return float(count)
 
@@ -215,7 +211,6 @@ def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: s
         raise ValueError(f"{what} is a {type(value).__name__}, not a tensor")
     if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise ValueError(f"{what} is a {type(value).__name__}, not a plain tensor: gather it first")
-    value = value.detach().as_subclass(Tensor)
     if value.layout is not torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise ValueError(f"{what} has layout {layout}, expected torch.strided: pass a dense tensor")
@@ -223,7 +218,8 @@ def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: s
         raise ValueError(f"{what} is on the meta device: it has no values")
     if dtypes is not None and value.dtype not in dtypes:
         raise ValueError(f"{what} has dtype {value.dtype}, expected {' or '.join(map(str, dtypes))}")
-    return value.resolve_conj().resolve_neg()
+    plain: Tensor = value.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+    return plain.resolve_conj().resolve_neg()
 
 
 def _check_shapes(saved: Saved, name: str, shape: torch.Size) -> int:

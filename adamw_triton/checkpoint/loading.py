@@ -43,8 +43,8 @@ def unbox(state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A ``load_state_dict`` pre-hook that refuses what ``prepare`` could not take, and boxes the rest. It sees
-    what the user's own hooks have made of the state_dict."""
+    """A ``load_state_dict`` pre-hook that refuses what ``prepare`` could not take, and boxes the rest. It
+    sees what the user's own hooks have made of the state_dict."""
 
     check_group: Callable[[dict[str, Any]], None]
     """Refuses bad hyperparameters."""

@@ -66,8 +66,8 @@ class Writer:
     def _is_portable(self, param: Tensor, entry: Entry) -> bool:
         if self.state_format is not None:
             return self.state_format == "portable"
-        # FSDP (version 1) puts shards of all ranks together, which only tensors of the parameter's shape and of
-        # one dtype survive.
+        # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
+        # and of one dtype survive.
         if not getattr(param, "_fsdp_flattened", False) or "exp_avg_codes" not in entry:
             return False
         _say_portable()
@@ -77,9 +77,9 @@ class Writer:
 @functools.cache
 def _say_portable() -> None:
     _log.warning(
-        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, since its "
-        "codes cannot be gathered; resuming is not bit-exact. state_dict(state_format='native') has this rank's "
-        "own codes"
+        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, since "
+        "its codes cannot be gathered: resuming is not bit-exact. state_dict(state_format='native') has this "
+        "rank's own codes"
     )
 
 
