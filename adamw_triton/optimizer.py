@@ -234,7 +234,7 @@ class AdamW(torch.optim.Optimizer):
         """Load a state of ours, of any variant and form, of torch.optim.AdamW or Adam, of bitsandbytes'
         AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant; for
         8 bits, v is raised to (m/bound)**2 where rounding had lost it, and no AdamW can have it lower:
-        bound = (1-b1) / sqrt((1-b2)*(1-b1**2/b2)). What others keep in the state comes along as torch takes it.
+        bound = (1-b1) / sqrt((1-b2)*(1-b1**2/b2)). What others keep in the state comes along.
 
         Raises:
             ValueError: what is wrong with which parameter or group; nothing is changed then.

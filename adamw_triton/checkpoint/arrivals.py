@@ -39,8 +39,8 @@ class Arrival:
 
 
 def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequence[Tensor] = ()) -> Arrival:
-    """Make of a parameter's state, of any dialect, what its slot will hold: codes of the slot's format as they
-    are, in their own memory order; else it is encoded anew.
+    """Make of a parameter's state, of any dialect, what its slot will hold: codes of the slot's format as
+    they are, in their own memory order; else it is encoded anew.
 
     Args:
         betas: of its group. They bound m by v, see ``raised``.
@@ -73,8 +73,8 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
 
 
 def _waiting(part: Tensor, target: Tensor, taken: Sequence[Tensor], given: bool) -> Tensor:
-    """Where it stays until the others are ready: as it is if it was given so and nobody writes there. What was
-    made here waits on the host, for state may not fit a GPU twice."""
+    """Where it stays until the others are ready: as it is if it was given so and nobody writes there. What
+    was made here waits on the host, for state may not fit a GPU twice."""
     if not given:
         return part.cpu()
     if _same(target, part) or not any(_overlap(part, memory) for memory in taken):

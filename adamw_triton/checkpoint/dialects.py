@@ -168,4 +168,4 @@ OTHERS = (
 """What other optimizers keep, by what only theirs has and lacks: (present, absent, whose)."""
 
 NOT_OURS = ("mu_product",)
-"""What makes a whole AdamW's state another optimizer's. Under other names a wrapper may keep its own there."""
+"""What makes a whole AdamW's state another optimizer's. Under other names a wrapper may keep its own."""

@@ -1,8 +1,8 @@
 """One parameter's state as somebody saved it: recognised, checked, decoded.
 
-An *entry* is what a state_dict holds for one parameter. What has a name of some dialect is the optimizer's: it
-is flattened into parts, recognised by their names, and checked against its dialect; decoded, it gives fp32 moments
-in the parameter's shape. Under any other key it is somebody else's, a wrapper's: that is kept as it is.
+An *entry* is what a state_dict holds for one parameter. What has a name of some dialect is the optimizer's:
+it is flattened into parts, recognised by their names, and checked against its dialect; decoded, it gives fp32
+moments in the parameter's shape. Under any other key it is somebody else's, a wrapper's, and kept as it is.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: s
         raise ValueError(f"{what} is on the meta device: it has no values")
     if dtypes is not None and value.dtype not in dtypes:
         raise ValueError(f"{what} has dtype {value.dtype}, expected {' or '.join(map(str, dtypes))}")
-    plain: Tensor = value.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+    plain: Tensor = value.detach().as_subclass(Tensor)
     return plain.resolve_conj().resolve_neg()
 
 

@@ -77,7 +77,7 @@ class Writer:
 @functools.cache
 def _say_portable() -> None:
     _log.warning(
-        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, since "
+        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, for "
         "its codes cannot be gathered: resuming is not bit-exact. state_dict(state_format='native') has this "
         "rank's own codes"
     )
