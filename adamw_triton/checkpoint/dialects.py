@@ -42,8 +42,8 @@ class Dialect:
     format: Callable[[int], Format] | None = None
     """Ours with this block size, if the codes are ours."""
     ignored: frozenset[str] = field(default=frozenset())
-    products: tuple[tuple[str, str, str | None], ...] = ()
-    """Codes, their scales, and what else these are multiplied by: what has to stay finite."""
+    products: tuple[tuple[str, str, str, float], ...] = ()
+    """Codes, their scales, what else these are multiplied by, and how large the product may be."""
 
     @property
     def coded(self) -> bool:
@@ -96,7 +96,10 @@ def _native(array: Array) -> Part:
 _NORMAL = torch.finfo(torch.float32)
 _OF_SCALES = (torch.bfloat16, torch.float32)
 
-_MOMENT = Part("elements", _FLOATS)
+_LARGEST_M = 1e24
+"""No AdamW has a larger one: its v would be infinite. Such a number throws weights to infinity."""
+
+_MOMENT = Part("elements", _FLOATS, highest=_LARGEST_M)
 _SQUARE = Part("elements", _FLOATS, lowest=0)
 _CODES = Part("elements", (torch.uint8,))
 _SCALES = Part("scales", (torch.float32,), lowest=0)
@@ -115,7 +118,7 @@ DIALECTS = (
         lambda parts, block: Blockwise8(block).decode(parts),
         blocks=BLOCK_SIZES,
         format=Blockwise8,
-        products=(("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_scales"),),
+        products=(("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_scales", _LARGEST_M),),
     ),
     Dialect(
         "bitsandbytes 32-bit",
@@ -132,7 +135,10 @@ DIALECTS = (
         },
         _looked_up(exp_avg=("state1", "absmax1", "qmap1"), exp_avg_sq=("state2", "absmax2", "qmap2")),
         blocks=(256, 2048),  # the latter before 0.45
-        products=(("state1", "absmax1", "qmap1"), ("state2", "absmax2", "qmap2")),
+        products=(
+            ("state1", "absmax1", "qmap1", _LARGEST_M),
+            ("state2", "absmax2", "qmap2", _NORMAL.max),
+        ),
         ignored=frozenset({"unorm_vec"}),
     ),
     Dialect(
@@ -148,8 +154,8 @@ DIALECTS = (
         ),
         blocks=None,
         products=(
-            ("exp_avg.codes", "exp_avg.scale", "exp_avg.qmap"),
-            ("exp_avg_sq.codes", "exp_avg_sq.scale", "exp_avg_sq.qmap"),
+            ("exp_avg.codes", "exp_avg.scale", "exp_avg.qmap", _LARGEST_M),
+            ("exp_avg_sq.codes", "exp_avg_sq.scale", "exp_avg_sq.qmap", _NORMAL.max),
         ),
     ),
 )

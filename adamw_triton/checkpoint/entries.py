@@ -121,10 +121,13 @@ def check_values(saved: Saved, name: str) -> None:
         part = saved.dialect.parts[key]
         if value.numel() and (wrong := _wrong(value, part)):
             raise ValueError(f"state of {name}: {key} {wrong}")
-    for codes, scales, table in saved.dialect.products:
-        largest = _largest(saved.parts[scales]) * (_largest(saved.parts[table]) if table else 1.0)
-        if not largest.isfinite():
-            raise ValueError(f"state of {name}: {codes} times {scales} is infinite")
+    for codes, scales, others, highest in saved.dialect.products:
+        largest = _largest(saved.parts[scales]) * _largest(saved.parts[others])
+        if largest > highest:
+            raise ValueError(
+                f"state of {name}: {scales} times {others} make of {codes} values up to {largest:.3g}, above "
+                f"{highest:.3g}"
+            )
 
 
 def _wrong(value: Tensor, part: Part) -> str | None:
@@ -146,8 +149,8 @@ def _wrong(value: Tensor, part: Part) -> str | None:
     return None
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    return tensor.float().abs().amax() if tensor.numel() else torch.zeros(())
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def flat_of(tensor: Tensor) -> Tensor:

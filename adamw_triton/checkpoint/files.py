@@ -26,7 +26,7 @@ _METADATA = "adamw_triton"
 _LARGE = 1 << 20  # bytes; smaller decoded tensors are not worth a file
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Exception):
     """A file cannot be read, or not hold what it should."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import subprocess
@@ -214,7 +215,7 @@ def test_torchao_is_read_without_torchao(tmp_path: Path) -> None:
 
 
 def test_channels_last_parameters_change_their_layout() -> None:
-    """8-bit blocks count in memory order: codes of another order are decoded, not copied."""
+    """8-bit blocks count in memory order: the state keeps the one that it was saved in, and its bits."""
     values = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     strided = Parameter(values.clone().to(memory_format=torch.channels_last))
     optimizer = AdamW([strided], variant="8bit")
@@ -223,12 +224,10 @@ def test_channels_last_parameters_change_their_layout() -> None:
         twin = Parameter(strided.detach().clone(memory_format=memory_format))
         loaded = AdamW([twin], variant="8bit")
         loaded.load_state_dict(saved(optimizer.state_dict()))
-        same = memory_format is torch.channels_last
-        assert (state_bits(loaded) == state_bits(optimizer)) == same
-        m, v = release_0.decode(optimizer.state[strided])
-        ((_, loaded_m, loaded_v),) = release_0.read(loaded.state_dict())
-        assert (loaded_m - m).norm() <= 0.02 * m.norm()
-        assert (loaded_v - v).norm() <= 0.02 * v.norm()
+        assert state_bits(loaded) == state_bits(optimizer)
+        assert bits(train(copy.deepcopy(loaded), 2, first=6)) == bits(
+            train(copy.deepcopy(optimizer), 2, first=6)
+        )
 
 
 def test_adams_coupled_weight_decay_is_told(caplog: pytest.LogCaptureFixture) -> None:
