@@ -222,14 +222,16 @@ class AdamW(torch.optim.Optimizer):
         state by format ("32bit", "8bit"). Empty of state before the first step."""
         return self._store.memory()
 
-    def state_dict(self, *, state_format: str = "native") -> dict[str, Any]:
-        """As torch's. Call it between steps.
+    def state_dict(self, *, state_format: str | None = None) -> dict[str, Any]:
+        """As torch's. Call it between steps. What others keep in ``state`` is part of it, as it is.
 
         Args:
             state_format: ``"native"`` for the state as it is, exactly: 32-bit state under
                 torch.optim.AdamW's names, 8-bit state as codes and scales, all of them views of the live
                 state. ``"portable"`` for fp32 under torch.optim.AdamW's names, which any AdamW loads; 8-bit
-                state is decoded for it into host memory, 8 bytes an element.
+                state is decoded for it into host memory, 8 bytes an element. None for the native form, but
+                the portable one of parameters that FSDP (version 1) has flattened: its ``optim_state_dict``
+                cannot gather codes.
 
         Raises:
             RuntimeError: a step failed halfway and left parameters inconsistent.
@@ -246,15 +248,20 @@ class AdamW(torch.optim.Optimizer):
     @lasting()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of ours, of any variant and form, of torch.optim.AdamW or Adam, of bitsandbytes'
-        AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant.
+        AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant; for
+        8 bits, v is raised to (m/bound)**2 where rounding had lost it, and no AdamW can have it lower:
+        bound = (1-b1) / sqrt((1-b2)*(1-b1**2/b2)). What others keep in the state comes along.
 
         Raises:
             ValueError: what is wrong with which parameter or group; nothing is changed then.
-            MemoryError: the host's memory is too small; nothing is changed then.
+            MemoryError, torch.OutOfMemoryError: memory is too small; nothing is changed then.
         """
+        if not isinstance(state_dict, dict):  # torch copies it before any hook
+            checkpoint.check_form(state_dict)
+            state_dict = dict(state_dict)
         before, slots = (self.state, self.param_groups), self._store.slots
         reader = checkpoint.Reader(
-            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits), slots
+            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits)
         )
         reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
@@ -267,7 +274,7 @@ class AdamW(torch.optim.Optimizer):
             self.state, self.param_groups = before
             if not slots:
                 self._reset()
-            elif self._store.disturbed:  # memory ran out while the old state was being overwritten
+            elif self._store.disturbed:  # copies over the old state failed, as after an error of the GPU
                 self._whole.fail(error)
             raise
         finally:
@@ -287,7 +294,8 @@ class AdamW(torch.optim.Optimizer):
         self._whole.check()
         self._store.finish()
         kept = ("variant", "memory_budget", "transfer", "block_size", "capturable", "_chooser")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        state = checkpoint.cut(self.state, self._store.slots)
+        return {**super().__getstate__(), "state": state, **{name: getattr(self, name) for name in kept}}
 
     def _reset(self) -> None:
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.

@@ -22,6 +22,8 @@ class Wanted(NamedTuple):
     name: str
     """What error messages call it."""
     format: Format
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of its group."""
 
 
 def make_places(
@@ -42,7 +44,7 @@ def make_places(
     # A buffer that one parameter leaves is left by all, or its memory would never be handed back.
     leaving = {
         slot.buffer
-        for param, _, state_format in wanted
+        for param, _, state_format, _ in wanted
         if (slot := slots.get(id(param))) and not slot.fits(param, state_format)
     }
     of_device: dict[torch.device, list[tuple[Wanted, bool | None]]] = defaultdict(list)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamw_triton.arguments import is_trained, name_of
 from adamw_triton.batch import Batch, Item
+from adamw_triton.checkpoint import has_state
 from adamw_triton.placing import Wanted
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
@@ -153,7 +154,7 @@ class Reservations:
     def _has_places(self, stepped: Stepped, state: State) -> bool:
         """Whether all have those that their groups ask for."""
         slots, these = self.store.slots, set(map(id, stepped.params))
-        for param, _, state_format in self._wanted(stepped.groups, state):
+        for param, _, state_format, _ in self._wanted(stepped.groups, state):
             slot = slots.get(id(param))
             if id(param) in these and not (slot and slot.fits(param, state_format)):
                 return False
@@ -164,10 +165,11 @@ class Reservations:
         for group_index, group in enumerate(groups):
             amsgrad = bool(group["amsgrad"])
             bits = bits_of(group.get("state_bits"), amsgrad, self._chooser.bits)
+            betas = float(group["betas"][0]), float(group["betas"][1])
             for index, param in enumerate(group["params"]):
-                if param in state or (not stateful_only and is_trained(param)):
+                if (not stateful_only and is_trained(param)) or has_state(state.get(param, {})):
                     state_format = format_for(as_real(param).numel(), bits, self._block_size, amsgrad)
-                    found.append(Wanted(param, name_of(group, group_index, index), state_format))
+                    found.append(Wanted(param, name_of(group, group_index, index), state_format, betas))
         return found
 
 

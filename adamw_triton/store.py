@@ -8,7 +8,7 @@ import logging
 import operator
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -87,19 +87,44 @@ class Store:
         tensors about."""
         if self._shown is None:
             return False
-        shown = itertools.chain.from_iterable(map(dict.values, state.values()))
-        return all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown)))
+        try:
+            shown = itertools.chain.from_iterable(map(dict.values, state.values()))
+            if all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown))):
+                return True
+        except TypeError:  # a wrapper's value that is no dict
+            pass
+        return self._shows_ours(state)
+
+    def _shows_ours(self, state: State) -> bool:
+        """The same, where not all is as it was: others keep state of their own there."""
+        missing = {id(slot.param) for slot in self.slots.values() if slot.entry}
+        for key, entry in state.items():
+            slot = self.slots.get(id(key))
+            if slot is not None and slot.entry:
+                if not slot.is_shown_by(entry):
+                    return False
+                missing.remove(id(key))
+            elif isinstance(key, Tensor) and checkpoint.has_state(entry):
+                return False
+        if missing:
+            return False
+        self._remember(state)
+        return True
 
     def reserve(self, wanted: Sequence[Wanted], state: State) -> None:
         """Give each parameter a slot, and put there what ``state`` shows for it. Others lose theirs.
 
+        All that can fail comes first: new buffers, and what is to be copied over state that is there.
+
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
-            RuntimeError: a parameter has changed its shape, or from real to complex.
+            RuntimeError: a parameter has changed its shape, or from real to complex; nothing is changed then.
+            ValueError: somebody put something else into ``state``; nothing is changed then.
         """
-        for param, name, _ in wanted:
+        stateful = {id(want.param) for want in wanted if checkpoint.has_state(state.get(want.param, {}))}
+        for param, name, *_ in wanted:
             slot = self.slots.get(id(param))
-            if slot is not None and not slot.has_shape_of(param) and param in state:
+            if slot is not None and not slot.has_shape_of(param) and id(param) in stateful:
                 raise RuntimeError(
                     f"{name} had shape {_shape(slot.shape, slot.is_complex)} when its state was made and has "
                     f"now {_shape(param.shape, param.is_complex())}: delete its state (del "
@@ -107,37 +132,49 @@ class Store:
                 )
         with self._still(state):
             made, page_bytes = make_places(wanted, self.slots, self.policy, self._limits)
+            slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, *_ in wanted}
+            taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
+            fresh, kept, left = [], [], []
+            for param, _, _, betas in wanted:
+                slot = slots[id(param)]
+                if id(param) not in stateful:
+                    left.extend([slot] if slot.entry else [])  # someone deleted it: begin anew
+                elif id(param) in made:
+                    checkpoint.prepare(state[param], slot, betas, fresh=True).commit()
+                    fresh.append(slot)
+                elif not slot.is_shown_by(state[param]):
+                    kept.append(checkpoint.prepare(state[param], slot, betas, fresh=False, taken=taken))
             self._shown = None  # from here to the end, an interrupted call is begun again
             self.generation += 1
             self._page_bytes |= page_bytes
-            self.slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, _, _ in wanted}
-            for param, _, _ in wanted:
-                slot = self.slots[id(param)]
-                shown = state.get(param)
-                if shown and not slot.is_shown_by(shown):
-                    checkpoint.place(shown, slot)
-                    state[param] = slot.attach()
-                elif not shown and slot.entry:  # someone deleted it: begin anew
-                    slot.clear()
+            self.slots = slots
+            for slot in fresh:
+                _show(slot, state)
+            for arrival in kept:
+                arrival.commit()
+                _show(arrival.slot, state)
+            for slot in left:
+                slot.clear()
             self._remember(state)
 
     def show(self, wanted: Sequence[Wanted], state: State) -> None:
         """Have ``state`` show what parameters without any would begin with, in plain host memory: nothing
         has a place yet."""
-        for param, name, state_format in wanted:
-            if not state.get(param):
-                state[param] = make_slots(state_format, [(param, name)], torch.device("cpu"))[0].attach()
+        for param, name, state_format, _ in wanted:
+            if not checkpoint.has_state(state.get(param, {})):
+                _show(make_slots(state_format, [(param, name)], torch.device("cpu"))[0], state)
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""
         fresh = [slot for slot in slots if not slot.entry]
         for slot in fresh:
-            state[slot.param] = slot.attach()
+            _show(slot, state)
         if fresh:
             self._remember(state)
 
     def _remember(self, state: State) -> None:
-        self._shown = [tensor for entry in state.values() for tensor in entry.values()]
+        entries = (entry for entry in state.values() if isinstance(entry, Mapping))
+        self._shown = [value for entry in entries for value in entry.values()]
 
     # Steps
 
@@ -183,7 +220,7 @@ class Store:
         what was left is freed only then."""
         with self.hold(), lasting():
             left = [(buffer, buffer.arrays) for buffer in self.buffers]
-            shown = [list(entry.values()) for entry in state.values()]
+            shown = [list(entry.values()) for entry in state.values() if isinstance(entry, Mapping)]
             self._synchronize()
             try:
                 yield
@@ -296,6 +333,7 @@ class Store:
         away = [
             (entry, key, tensor)
             for entry in state.values()
+            if isinstance(entry, MutableMapping)
             for key, tensor in entry.items()
             if isinstance(tensor, Tensor) and tensor.device.type != "cpu"
         ]
@@ -337,7 +375,7 @@ class Store:
             finally:  # also if memory ran out halfway
                 for slot in self.slots.values():
                     if slot.entry:
-                        state[slot.param] = slot.attach()
+                        _show(slot, state)
                 self._remember(state)
 
     def memory(self) -> dict[str, int]:
@@ -353,6 +391,11 @@ class Store:
 
 def _shape(shape: torch.Size, is_complex: bool) -> str:
     return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
+
+
+def _show(slot: Slot, state: State) -> None:
+    """Let ``state`` show a slot's memory, beside what others keep there."""
+    state[slot.param] = {**slot.attach(), **checkpoint.others_of(state.get(slot.param, {}))}
 
 
 def _by_device(work: Work) -> dict[torch.device, Work]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint import files
-from adamw_triton.checkpoint.entries import Saved, check_values, read
+from adamw_triton.checkpoint.entries import Saved, check_others, check_values, has_state, others_of, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
-from adamw_triton.checkpoint.loading import check_form, check_keys
+from adamw_triton.checkpoint.loading import check_form, check_keys, check_numbers
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state.formats import Blockwise8, Moments
 
@@ -53,7 +53,8 @@ FORMS = {
 
 
 def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
-    """Read ``source``, of any dialect, and write it to ``target`` in a form of ``FORMS``.
+    """Read ``source``, of any dialect, and write it to ``target`` in a form of ``FORMS``. What others keep in
+    the state stays as it is, if the file can hold it.
 
     Decoded tensors of some size wait in files beside ``target``, not in memory: the disk needs room for
     two of it.
@@ -75,6 +76,11 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
     try:
         check_form(state_dict)
         check_keys(state_dict)
+        for index, group in enumerate(state_dict["param_groups"]):
+            try:
+                check_numbers(group)
+            except ValueError as error:
+                raise ValueError(f"param_groups[{index}]: {error}") from error
         converted = _converted(state_dict, form, Scratch(target.parent), track)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -87,11 +93,17 @@ def _converted(state_dict: Mapping[str, Any], form: Form, scratch: Scratch, trac
     names = dict(named(groups))
     state = {}
     for key in track(list(old)):
-        if old[key]:
-            saved = read(old[key], names[key])
+        entry = old[key]
+        if key not in names:
+            state[key] = entry
+        elif has_state(entry):
+            saved = read(entry, names[key])
             check_values(saved, names[key])
             step = torch.tensor(saved.step, dtype=torch.float32, device="cpu")
-            state[key] = {"step": step, **_tensors(saved, form, scratch)}
+            state[key] = {"step": step, **_tensors(saved, form, scratch), **others_of(entry)}
+        elif entry:
+            check_others(entry, names[key])
+            state[key] = dict(entry)
     return {"state": state, "param_groups": [form.group(group) for group in groups], **form.extra}
 
 

@@ -24,6 +24,10 @@ class Part(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     lowest: int | None = None
     """Of the values, where the dtype allows lower ones."""
+    highest: float = torch.finfo(torch.float32).max
+    """Of their magnitudes, where they are no codes."""
+    smallest: float = 0.0
+    """Of the values but zero."""
     optional: bool = False
 
 
@@ -38,6 +42,8 @@ class Dialect:
     format: Callable[[int], Format] | None = None
     """Ours with this block size, if the codes are ours."""
     ignored: frozenset[str] = field(default=frozenset())
+    products: tuple[tuple[str, str, str, float], ...] = ()
+    """Codes, their scales, what else these are multiplied by, and how large the product may be."""
 
     @property
     def coded(self) -> bool:
@@ -80,19 +86,30 @@ def _times_scales(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 def _native(array: Array) -> Part:
     if array.per > 1:
-        return Part("scales", (array.dtype, torch.float32))
+        if array.name == "exp_avg_sq_scales":  # of sqrt(v), and v has to be a normal fp32 number
+            return Part("scales", _OF_SCALES, lowest=0, highest=_NORMAL.max**0.5, smallest=_NORMAL.tiny**0.5)
+        largest = float(torch.finfo(torch.bfloat16).max)
+        return Part("scales", _OF_SCALES, lowest=0, highest=largest, smallest=_NORMAL.tiny)
     return Part("elements", (array.dtype,), lowest=-127 if array.dtype is torch.int8 else None)
 
 
-_MOMENT = Part("elements", _FLOATS)
+_NORMAL = torch.finfo(torch.float32)
+_OF_SCALES = (torch.bfloat16, torch.float32)
+
+_LARGEST_M = 1e24
+"""No AdamW has a larger one: its v would be infinite. Such a number throws weights to infinity."""
+
+_MOMENT = Part("elements", _FLOATS, highest=_LARGEST_M)
+_SQUARE = Part("elements", _FLOATS, lowest=0)
 _CODES = Part("elements", (torch.uint8,))
-_SCALES = Part("scales", (torch.float32,))
-_TABLE = Part("table", (torch.float32,))
+_SCALES = Part("scales", (torch.float32,), lowest=0)
+_TABLES = (Part("table", (torch.float32,)), Part("table", (torch.float32,), lowest=0))
+"""Of m, and of v."""
 
 DIALECTS = (
     Dialect(
         "torch.optim.AdamW and Adam, and our 32-bit state",
-        {"exp_avg": _MOMENT, "exp_avg_sq": _MOMENT, "max_exp_avg_sq": _MOMENT._replace(optional=True)},
+        {"exp_avg": _MOMENT, "exp_avg_sq": _SQUARE, "max_exp_avg_sq": _SQUARE._replace(optional=True)},
         _renamed(exp_avg="exp_avg", exp_avg_sq="exp_avg_sq", max_exp_avg_sq="max_exp_avg_sq"),
     ),
     Dialect(
@@ -101,10 +118,11 @@ DIALECTS = (
         lambda parts, block: Blockwise8(block).decode(parts),
         blocks=BLOCK_SIZES,
         format=Blockwise8,
+        products=(("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_scales", _LARGEST_M),),
     ),
     Dialect(
         "bitsandbytes 32-bit",
-        {"state1": _MOMENT, "state2": _MOMENT},
+        {"state1": _MOMENT, "state2": _SQUARE},
         _renamed(exp_avg="state1", exp_avg_sq="state2"),
         ignored=frozenset({"unorm_vec"}),
     ),
@@ -113,24 +131,32 @@ DIALECTS = (
         {
             f"{part}{moment}": kind
             for moment in (1, 2)
-            for part, kind in (("state", _CODES), ("absmax", _SCALES), ("qmap", _TABLE))
+            for part, kind in (("state", _CODES), ("absmax", _SCALES), ("qmap", _TABLES[moment - 1]))
         },
         _looked_up(exp_avg=("state1", "absmax1", "qmap1"), exp_avg_sq=("state2", "absmax2", "qmap2")),
         blocks=(256, 2048),  # the latter before 0.45
+        products=(
+            ("state1", "absmax1", "qmap1", _LARGEST_M),
+            ("state2", "absmax2", "qmap2", _NORMAL.max),
+        ),
         ignored=frozenset({"unorm_vec"}),
     ),
     Dialect(
         "torchao 8-bit",
         {
             f"{moment}.{part}": kind
-            for moment in ("exp_avg", "exp_avg_sq")
-            for part, kind in (("codes", _CODES), ("scale", _SCALES), ("qmap", _TABLE))
+            for moment, table in zip(("exp_avg", "exp_avg_sq"), _TABLES, strict=True)
+            for part, kind in (("codes", _CODES), ("scale", _SCALES), ("qmap", table))
         },
         _looked_up(
             exp_avg=("exp_avg.codes", "exp_avg.scale", "exp_avg.qmap"),
             exp_avg_sq=("exp_avg_sq.codes", "exp_avg_sq.scale", "exp_avg_sq.qmap"),
         ),
         blocks=None,
+        products=(
+            ("exp_avg.codes", "exp_avg.scale", "exp_avg.qmap", _LARGEST_M),
+            ("exp_avg_sq.codes", "exp_avg_sq.scale", "exp_avg_sq.qmap", _NORMAL.max),
+        ),
     ),
 )
 
@@ -146,3 +172,6 @@ OTHERS = (
     ("state1", "state2", "of a bitsandbytes optimizer with one moment: Lion, SGD, RMSprop or Adagrad"),
 )
 """What other optimizers keep, by what only theirs has and lacks: (present, absent, whose)."""
+
+NOT_OURS = ("mu_product",)
+"""What makes a whole AdamW's state another optimizer's. Under other names a wrapper may keep its own."""

@@ -1,26 +1,32 @@
 """One parameter's state as somebody saved it: recognised, checked, decoded.
 
-An *entry* is what a state_dict holds for one parameter. It is flattened into its parts, recognised by
-their names, and checked against its dialect; decoded, it gives fp32 moments in the parameter's shape.
+An *entry* is what a state_dict holds for one parameter. What has a name of some dialect is the optimizer's:
+it is flattened into parts, recognised by their names, and checked against its dialect; decoded, it gives fp32
+moments in the parameter's shape. Under any other key it is somebody else's, a wrapper's, and kept as it is.
 """
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from adamw_triton.checkpoint.dialects import DIALECTS, OTHERS, Dialect
-from adamw_triton.state.formats import Format, Moments, as_real
+from adamw_triton.checkpoint.dialects import DIALECTS, NOT_OURS, OTHERS, Dialect, Part
+from adamw_triton.state.formats import Format, Moments, as_real, is_dense
 
-Entry = Mapping[str, Any]
+Entry = Mapping[Any, Any]
 
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"  # from 0.50 on, for FSDP
 _TORCHAO_PARTS = ("codes", "scale", "qmap")
+_NAMES = frozenset({"step", _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
+    *({*dialect.parts, *dialect.ignored} for dialect in DIALECTS)
+)
+
+MOST_STEPS = 2**31
+"""fp32 counts by ones up to 2**24, and bias corrections are 1 long before."""
 
 
 class Saved(NamedTuple):
@@ -55,8 +61,20 @@ class Saved(NamedTuple):
         return {key: moment.as_strided(like.shape, strides) for key, moment in flat.items()}
 
 
-def read(entry: Entry, name: str, shape: torch.Size | None = None) -> Saved:
-    """Recognise an entry, and check its parts' names, dtypes and shapes.
+def has_state(entry: object) -> bool:
+    """Whether an entry has an optimizer's state, or anything that takes its place."""
+    if not isinstance(entry, Mapping):
+        return True
+    return any(key in _NAMES for key in entry)
+
+
+def others_of(entry: Entry) -> dict[Any, Any]:
+    """What is in an entry beside the optimizer's state."""
+    return {key: value for key, value in entry.items() if key not in _NAMES}
+
+
+def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
+    """Recognise an entry, and check its parts' names, dtypes and shapes. Nothing is written to.
 
     Args:
         name: what messages call the parameter.
@@ -65,38 +83,74 @@ def read(entry: Entry, name: str, shape: torch.Size | None = None) -> Saved:
     Raises:
         ValueError: naming the parameter and what is wrong.
     """
-    parts = _flatten(entry, name)
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"state of {name} is a {type(entry).__name__}, not a dict")
+    parts = _flatten(entry)
     keys = set(parts) - {"step"}
     dialect = next((dialect for dialect in DIALECTS if dialect.knows(keys)), None)
     if dialect is None or "step" not in parts:
-        raise ValueError(_not_known(parts, name))
+        raise ValueError(_not_known({**others_of(entry), **parts}, name))
     step = _step(parts["step"], name)
-    saved = Saved(dialect, step, {key: parts[key] for key in dialect.parts if key in parts}, 0)
-    for key, part in saved.parts.items():
-        _check_type(key, part, dialect.parts[key].dtypes, name)
+    plain = {
+        key: _plain(key, parts[key], part.dtypes, name) for key, part in dialect.parts.items() if key in parts
+    }
+    for key, part in dialect.parts.items():
+        if part.kind == "scales":
+            plain[key] = plain[key].to(part.dtypes[0])
+    saved = Saved(dialect, step, plain, 0)
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))
 
 
+def check_others(entry: Entry, name: str) -> None:
+    """Refuse the state of another optimizer where there is none of an AdamW's.
+
+    Raises:
+        ValueError: naming the parameter and whose state it is.
+    """
+    if any(present in entry for present, _, _ in OTHERS):
+        raise ValueError(_not_known(entry, name))
+
+
 def check_values(saved: Saved, name: str) -> None:
-    """Refuse codes and scales that no optimizer writes. Reads each of them once.
+    """Refuse numbers that no optimizer writes: not finite in fp32, or negative where there are squares.
 
     Raises:
         ValueError: naming the parameter.
     """
     for key, value in saved.parts.items():
         part = saved.dialect.parts[key]
-        if part.lowest is not None and value.numel() and int(value.amin()) < part.lowest:
-            raise ValueError(f"state of {name}: {key} has codes below {part.lowest}")
-        if part.kind == "scales" and not (value.isfinite() & (value >= 0)).all():
-            raise ValueError(f"state of {name}: {key} has scales that are NaN, infinite or negative")
-        if part.kind == "table" and not value.isfinite().all():
-            raise ValueError(f"state of {name}: {key} is a code table with NaN or infinite values")
+        if value.numel() and (wrong := _wrong(value, part)):
+            raise ValueError(f"state of {name}: {key} {wrong}")
+    for codes, scales, others, highest in saved.dialect.products:
+        largest = _largest(saved.parts[scales]) * _largest(saved.parts[others])
+        if largest > highest:
+            raise ValueError(
+                f"state of {name}: {scales} times {others} make of {codes} values up to {largest:.3g}, above "
+                f"{highest:.3g}"
+            )
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, in whatever order. (None share memory: states.)"""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() == 0 or reach + 1 == tensor.numel()
+def _wrong(value: Tensor, part: Part) -> str | None:
+    """What is wrong with a part's values. They are read a few times, and not copied."""
+    if part.kind == "elements" and not (value.is_floating_point() or value.is_complex()):
+        below = part.lowest is not None and int(value.amin()) < part.lowest
+        return f"has codes below {part.lowest}" if below else None
+    lowest, highest = (float(edge) for edge in as_real(value).aminmax())
+    what = {"elements": "has values", "scales": "has scales", "table": "is a code table with values"}[
+        part.kind
+    ]
+    least = -part.highest if part.lowest is None else part.lowest
+    if not (least <= lowest and highest <= part.highest):  # NaN is neither
+        outside = f"outside {least:.3g} to {part.highest:.3g}"
+        negative = ", infinite or negative" if part.lowest == 0 else " or infinite"
+        return f"{what} that are NaN{negative}: {lowest:.3g} to {highest:.3g}, {outside}"
+    if part.smallest and bool(((value > 0) & (value < part.smallest)).any()):
+        return f"{what} below {part.smallest:.3g}, too small to decode"
+    return None
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def flat_of(tensor: Tensor) -> Tensor:
@@ -104,11 +158,11 @@ def flat_of(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
 
 
-def _flatten(entry: Entry, name: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"state of {name} is a {type(entry).__name__}, not a dict")
+def _flatten(entry: Entry) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for key, value in entry.items():
+        if key not in _NAMES:
+            continue
         if key == _BITSANDBYTES_WRAPPER and isinstance(value, Mapping):
             parts.update(value)
         elif isinstance(value, Tensor) and hasattr(value, "codes"):  # a quantized subclass
@@ -143,22 +197,32 @@ def _known() -> str:
 
 
 def _step(value: Any, name: str) -> float:
-    count = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not isinstance(count, int | float) or not 0 <= count < math.inf:
-        raise ValueError(f"state of {name}: step is {value!r}, expected a count of steps")
+    count: Any = value
+    if isinstance(value, Tensor):
+        value = _plain("step", value, None, name)
+        count = value.item() if value.numel() == 1 else None
+    is_number = isinstance(count, numbers.Real) and not isinstance(count, bool)
+    if not is_number or not 0 <= count <= MOST_STEPS or count != int(count):
+        raise ValueError(f"state of {name}: step is {value!r}, expected a count of steps up to 2**31")
     return float(count)
 
 
-def _check_type(key: str, value: Any, dtypes: tuple[torch.dtype, ...], name: str) -> None:
+def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: str) -> Tensor:
+    """The tensor without its class and history, its numbers in its memory."""
+    what = f"state of {name}: {key}"
     if not isinstance(value, Tensor):
-        raise ValueError(f"state of {name}: {key} is a {type(value).__name__}, not a tensor")
-    if is_traceable_wrapper_subclass(value):
-        raise ValueError(
-            f"state of {name}: {key} is a {type(value).__name__}, not a plain tensor: gather it first"
-        )
-    if value.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise ValueError(f"state of {name}: {key} has dtype {value.dtype}, expected {expected}")
+        raise ValueError(f"{what} is a {type(value).__name__}, not a tensor")
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(f"{what} is a {type(value).__name__}, not a plain tensor: gather it first")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{what} has layout {layout}, expected torch.strided: pass a dense tensor")
+    if value.is_meta:
+        raise ValueError(f"{what} is on the meta device: it has no values")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise ValueError(f"{what} has dtype {value.dtype}, expected {' or '.join(map(str, dtypes))}")
+    plain: Tensor = value.detach().as_subclass(Tensor)
+    return plain.resolve_conj().resolve_neg()
 
 
 def _check_shapes(saved: Saved, name: str, shape: torch.Size) -> int:

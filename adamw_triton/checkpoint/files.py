@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamw_triton.state.formats import is_dense
+
 SAFETENSORS = ".safetensors"
 
 _METADATA = "adamw_triton"
@@ -71,6 +73,8 @@ def save(state_dict: dict[str, Any], path: Path) -> None:
                 torch.save(state_dict, temporary)
             except RuntimeError as error:  # a full disk, in torch's words
                 raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+            except (TypeError, AttributeError, NotImplementedError, pickle.PicklingError) as error:
+                raise CheckpointError(f"{path} cannot hold what is in the state: {error}") from error
 
 
 @contextlib.contextmanager
@@ -126,12 +130,12 @@ def _load_torch(path: Path) -> Any:
             what = f"{path} holds an object of {found[1]}"
             raise CheckpointError(f"{what}: unpickling it could run any code, so it is not loaded") from error
         raise _damaged(path, error) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make torch fail in any way
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines and not isinstance(error, pickle.UnpicklingError) else type(error).__name__
     return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reason}")
 
@@ -144,7 +148,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(_METADATA, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except Exception as error:  # as above
         raise _damaged(path, error) from error
     if described is None:
         raise CheckpointError(
@@ -152,7 +156,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         )
     try:
         return _assembled(described, tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # the metadata may be anything
         raise _damaged(path, error) from error
 
 
@@ -165,31 +169,75 @@ def _assembled(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
     for name, tensor in tensors.items():
         key, _, part = name.rpartition(".")
         if strides := described["strides"].get(name):
-            tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            tensor = _in_order(tensor, strides)
         state[keys[key]][part] = tensor
     state = {key: entry for key, entry in state.items() if entry}
     return {"state": state, "param_groups": groups, **described["others"]}
 
 
+def _in_order(tensor: Tensor, strides: list[int]) -> Tensor:
+    ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
+    if not is_dense(ordered):
+        raise ValueError(f"strides {strides} for shape {tuple(tensor.shape)}")
+    return torch.empty_like(ordered, device="cpu").copy_(tensor)
+
+
 def _save_safetensors(state_dict: Mapping[str, Any], path: Path) -> None:
+    import safetensors
     from safetensors.torch import save_file
 
     for index, group in enumerate(state_dict["param_groups"]):
         for key, value in group.items():
-            try:
-                json.dumps(value, default=_number)
-            except TypeError as error:
-                what = f"param_groups[{index}][{key!r}] is a {type(value).__name__}"
-                raise CheckpointError(f"{what}, which a safetensors file cannot hold") from error
-    named = {f"{key}.{part}": t for key, entry in state_dict["state"].items() for part, t in entry.items()}
+            _check_json(value, f"param_groups[{index}][{key!r}]")
+            if not isinstance(key, str):
+                raise CheckpointError(f"param_groups[{index}] has the key {key!r}; {_NO_ROOM}")
+    others = {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+    for key, value in others.items():
+        _check_json(value, f"the state_dict's {key!r}")
+    named = dict(_named(state_dict))
     described = {
         "param_groups": state_dict["param_groups"],
         # Scales count blocks in memory order, which a safetensors file does not keep by itself.
-        "strides": {name: tensor.stride() for name, tensor in named.items() if not tensor.is_contiguous()},
-        "others": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
+        "strides": {
+            name: tensor.stride()
+            for name, tensor in named.items()
+            if not tensor.is_contiguous() and is_dense(tensor)
+        },
+        "others": others,
     }
     metadata = {_METADATA: json.dumps(described, default=_number)}
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata=metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata=metadata)
+    except (KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path.name}: {error}; {_NO_ROOM}") from error
+
+
+def _named(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the state, with the name that it has in the file."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, entry in state_dict["state"].items():
+        if key not in keys or type(key) not in (int, str) or (type(key) is int and str(key) in keys):
+            raise CheckpointError(f"the state has the key {key!r}; {_NO_ROOM}")
+        for part, tensor in entry.items():
+            if not isinstance(part, str) or "." in part or type(tensor) is not Tensor or not _plain(tensor):
+                what = f"a {type(tensor).__name__} under {part!r}"
+                raise CheckpointError(f"the state of {key!r} has {what}; {_NO_ROOM}")
+            yield f"{key}.{part}", tensor
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
+
+
+def _check_json(value: Any, what: str) -> None:
+    try:
+        json.dumps(value, default=_number)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is a {type(value).__name__}, which {_CANNOT}") from error
+
+
+_CANNOT = "a safetensors file cannot hold"
+_NO_ROOM = f"that {_CANNOT}: write a .pt file"
 
 
 def _number(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""State into the optimizer: everything is checked, then every tensor is placed into the flat buffers.
+"""A state_dict into the optimizer's ``state``: all of it is checked before any of it is there.
 
 torch's ``load_state_dict`` casts every tensor but ``step`` to its parameter's dtype, 8-bit codes
 included. So tensors go through it in boxes.
@@ -6,9 +6,11 @@ included. So tensors go through it in boxes.
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +18,14 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import named
-from adamw_triton.checkpoint.entries import Entry, check_values, flat_of, read
+from adamw_triton.checkpoint.entries import Entry, check_others, check_values, has_state, others_of, read
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
-from adamw_triton.state.buffers import Slot
 from adamw_triton.state.formats import as_real
 
 Groups = Sequence[dict[str, Any]]
 
 _NEEDED = {"lr", "betas", "eps", "weight_decay", "params"}
+_SWITCHES = ("amsgrad", "maximize")
 
 _log = logging.getLogger("adamw_triton")
 
@@ -33,19 +35,19 @@ class _Box:
     content: Entry
 
 
-def unbox(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {key: dict(value.content) if isinstance(value, _Box) else value for key, value in state.items()}
+def unbox(state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
+    """As every torch optimizer's ``state`` is."""
+    content = ((key, value.content if isinstance(value, _Box) else value) for key, value in state.items())
+    return defaultdict(dict, content)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A ``load_state_dict`` pre-hook that refuses what ``place`` could not take, and boxes the rest. It sees
-    what the user's own hooks have made of the state_dict."""
+    """A ``load_state_dict`` pre-hook that refuses what ``prepare`` could not take, and boxes the rest. It
+    sees what the user's own hooks have made of the state_dict."""
 
     check_group: Callable[[dict[str, Any]], None]
     """Refuses bad hyperparameters."""
-    slots: Mapping[int, Slot]
-    """The present ones, by id of their parameter: the state_dict may be views of them."""
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """
@@ -60,15 +62,22 @@ class Reader:
             self._check_hyperparameters(group, index)
         state = dict(state_dict["state"])
         keys = [key for group in saved_groups for key in group["params"]]
+        params: dict[Any, Tensor] = {}
         for key, (param, name) in zip(keys, named(groups), strict=True):
-            if state.get(key):
-                state[key] = _Box(self._checked(state[key], param, name))
+            if params.setdefault(key, param) is not param:
+                raise ValueError(
+                    f"{name} and another have the same number, {key!r}, in the loaded state dict"
+                )
+            if key in state and not isinstance(state[key], _Box):
+                state[key] = _Box(_checked(state[key], param, name))
         return {**state_dict, "state": state}
 
     def _check_hyperparameters(self, group: dict[str, Any], index: int) -> None:
         try:
+            check_numbers(group)
             self.check_group(group)
-        except (TypeError, ValueError) as error:
+            copy.deepcopy(group)  # torch will
+        except Exception as error:  # whatever somebody's values do when they are compared or copied
             raise ValueError(f"param_groups[{index}]: {error}") from error
         if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
             _log.warning(
@@ -77,24 +86,51 @@ class Reader:
                 *(index, group["weight_decay"]),
             )
 
-    def _checked(self, entry: Entry, param: Tensor, name: str) -> Entry:
+
+def _checked(entry: Any, param: Tensor, name: str) -> Entry:
+    checked: dict[Any, Any] = {}
+    if has_state(entry):
         saved = read(entry, name, as_real(param).shape)
         check_values(saved, name)
-        parts = {key: self._apart(part, param) for key, part in saved.parts.items()}
-        return {"step": torch.tensor(saved.step, dtype=torch.float32, device="cpu"), **parts}
+        checked = {"step": torch.tensor(saved.step, dtype=torch.float32, device="cpu"), **saved.parts}
+    else:
+        check_others(entry, name)
+    for key, value in others_of(entry).items():
+        try:
+            checked[key] = _cast(value, param)
+        except Exception as error:  # a tensor without values, a container that cannot be made of its items
+            raise ValueError(f"state of {name}: {key!r} cannot be copied: {error}") from error
+    return checked
 
-    @functools.cached_property
-    def _arrays(self) -> list[Tensor]:
-        buffers = dict.fromkeys(slot.buffer for slot in self.slots.values())
-        return [array for buffer in buffers for array in buffer.arrays.values()]
 
-    def _apart(self, part: Tensor, param: Tensor) -> Tensor:
-        """A copy if it is the state of another parameter here, which may be overwritten before it is read."""
-        if not any(_overlap(part, array) for array in self._arrays):
-            return part
-        own = self.slots.get(id(param))
-        is_own = own is not None and any(_overlap(part, array) for array in own.flat().values())
-        return part if is_own else part.clone()
+def _cast(value: Any, param: Tensor) -> Any:
+    """As torch's ``load_state_dict`` does with what it does not know."""
+    if isinstance(value, Tensor):
+        return value.to(device=param.device, dtype=param.dtype if param.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: _cast(item, param) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        items = [_cast(item, param) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Whether a group's hyperparameters are numbers at all.
+
+    Raises:
+        ValueError: naming what is not.
+    """
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    named_values = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+    for key, value in {**named_values, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+        if not _is_number(value):
+            raise ValueError(f"{key} must be a number, got {value!r}")
+    for key in _SWITCHES:
+        if not (isinstance(group.get(key, False), int) and group.get(key, False) in (0, 1)):
+            raise ValueError(f"{key} must be True or False, got {group[key]!r}")
 
 
 def check_form(state_dict: Any) -> None:
@@ -106,7 +142,7 @@ def check_form(state_dict: Any) -> None:
         has = list(state_dict)[:20] if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(f"not an optimizer's state_dict, which has 'state' and 'param_groups': it has {has}")
     version = state_dict.get(VERSION_KEY, VERSION)
-    if version not in range(1, VERSION + 1):
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
             f"the state_dict has {VERSION_KEY}={version!r}, and this release reads up to {VERSION}: load it "
             "with the release that wrote it, or a newer one"
@@ -115,22 +151,38 @@ def check_form(state_dict: Any) -> None:
     if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
         raise ValueError("not an optimizer's state_dict: state is no dict, or param_groups no list")
     for index, group in enumerate(groups):
+        if not isinstance(group, dict):
+            raise ValueError(f"param_groups[{index}] is a {type(group).__name__}, not a dict")
         if missing := sorted(_NEEDED - set(group)):
             raise ValueError(
                 f"param_groups[{index}] is no AdamW's: it has no {', '.join(missing)}, "
                 f"only {', '.join(map(str, group))}"
             )
-        if len(group.get("param_names", group["params"])) != len(group["params"]):
+        for key in ("params", "param_names"):
+            if not isinstance(group.get(key, []), list | tuple):
+                raise ValueError(f"param_groups[{index}]: {key} is a {type(group[key]).__name__}, not a list")
+        for key in group["params"]:
+            if not isinstance(key, Hashable):
+                raise ValueError(f"param_groups[{index}]: {key!r} in params cannot be a key of the state")
+        names = group.get("param_names", ())
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(f"param_groups[{index}]: {wrong[0]!r} in param_names is no name")
+        if "param_names" in group and len(names) != len(group["params"]):
             raise ValueError(f"param_groups[{index}] has not as many param_names as params")
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> None:
-    """
+    """State under keys of no parameter may be a wrapper's, but not look like a parameter's.
+
     Raises:
         ValueError: there is state of no parameter.
     """
     keys = {key for group in state_dict["param_groups"] for key in group["params"]}
-    if strange := [key for key in state_dict["state"] if key not in keys]:
+    if strange := [
+        key
+        for key, entry in state_dict["state"].items()
+        if key not in keys and isinstance(entry, Mapping) and has_state(entry)
+    ]:
         raise ValueError(f"the state has entries for {strange}, which are in no group of its param_groups")
 
 
@@ -158,42 +210,9 @@ def _check_same(saved: Groups, groups: Groups) -> None:
             )
 
 
-def place(entry: Entry, slot: Slot) -> None:
-    """Copy a parameter's state, of any dialect, into its slot: code by code if the codes are the slot's."""
-    saved = read(entry, slot.name, as_real(slot.param).shape)
-    into = slot.flat()
-    if saved.format == slot.format and _same_order(saved.elements, slot):
-        for name, target in into.items():
-            target.copy_(flat_of(saved.parts[name]))
-    else:
-        where = next(iter(into.values())).device  # paged: the host, for the moments may not fit the GPU
-        moments = saved.to(where).moments()
-        moments.setdefault("max_exp_avg_sq", moments["exp_avg_sq"])
-        slot.format.encode({key: _in_order_of(slot, moment) for key, moment in moments.items()}, into)
-    slot.buffer.steps[slot.index] = saved.step
-
-
-def _same_order(tensor: Tensor, slot: Slot) -> bool:
-    pairs = zip(tensor.shape, tensor.stride(), slot.strides, strict=True)
-    return all(size == 1 or stride == ours for size, stride, ours in pairs)
-
-
-def _in_order_of(slot: Slot, real: Tensor) -> Tensor:
-    """One-dimensional, in the slot's memory order."""
-    if not _same_order(real, slot):
-        ordered = torch.empty_strided(real.shape, slot.strides, dtype=real.dtype, device=real.device)
-        real = ordered.copy_(real)
-    return real.as_strided((slot.numel,), (1,))
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.device != b.device:
-        return False
-    starts = [tensor.data_ptr() for tensor in (a, b)]
-    return starts[0] < starts[1] + b.nbytes and starts[1] < starts[0] + _span(a)
-
-
-def _span(tensor: Tensor) -> int:
-    """Bytes from its first to its last element."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size() if tensor.numel() else 0
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not (value.is_meta or value.is_complex() or value.dtype is torch.bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1e300  # a double
+    return isinstance(value, numbers.Real)

@@ -6,7 +6,9 @@ every tensor it meets, padding and all, so the views are cut to storages of thei
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.arguments import named
-from adamw_triton.checkpoint.entries import Entry, read
+from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
 from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton.state.formats import as_real
 
@@ -26,6 +28,8 @@ VERSION_KEY = "adamw_triton_version"
 name themselves, so a state_dict without it is read as well."""
 VERSION = 1
 STATE_FORMATS = ("native", "portable")
+
+_log = logging.getLogger("adamw_triton")
 
 _SHARED = 1 << 18
 """Elements; up to so many of neighbouring parameters share a storage. A storage costs some 200 bytes in a
@@ -36,32 +40,63 @@ file: beside this 0.1%, beside the 8-bit state of a small LoRA matrix over 1%.""
 class Writer:
     """A ``state_dict`` post-hook that gives the state its form."""
 
-    state_format: str
+    state_format: str | None
+    """None: native, but portable where native state would be lost."""
     slots: Mapping[int, Slot]
     """By id of their parameter."""
 
     def __post_init__(self) -> None:
-        if self.state_format not in STATE_FORMATS:
+        if self.state_format is not None and self.state_format not in STATE_FORMATS:
             allowed = " or ".join(map(repr, STATE_FORMATS))
             raise ValueError(f"Invalid state_format: {self.state_format!r}; it must be {allowed}")
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         params = named(optimizer.param_groups)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        slots = [
-            self.slots[id(param)]
-            for param, _ in params
-            if optimizer.state.get(param) and id(param) in self.slots
-        ]
-        views = views_of(slot for slot in slots if slot.is_shown_by(optimizer.state[slot.param]))
+        shown = cut(optimizer.state, self.slots)
         state = dict(state_dict["state"])
         for key, (param, name) in zip(keys, params, strict=True):
-            if state.get(key):
-                state[key] = views.get(id(param)) or dict(state[key])  # somebody put in their own
-                if self.state_format == "portable":
-                    state[key] = _portable(state[key], param, name)
-        version = {VERSION_KEY: VERSION} if self.state_format == "native" else {}
+            if param in shown:
+                entry = state[key] = shown[param]
+                if has_state(entry) and self._is_portable(param, entry):
+                    state[key] = {**_portable(entry, param, name), **others_of(entry)}
+        version = {} if self.state_format == "portable" else {VERSION_KEY: VERSION}
         return {**state_dict, "state": state, **version}
+
+    def _is_portable(self, param: Tensor, entry: Entry) -> bool:
+        if self.state_format is not None:
+            return self.state_format == "portable"
+        # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
+        # and of one dtype survive.
+        if not getattr(param, "_fsdp_flattened", False) or "exp_avg_codes" not in entry:
+            return False
+        _say_portable()
+        return True
+
+
+@functools.cache
+def _say_portable() -> None:
+    _log.warning(
+        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, for "
+        "its codes cannot be gathered: resuming is not bit-exact. state_dict(state_format='native') has this "
+        "rank's own codes"
+    )
+
+
+def cut(state: Mapping[Any, Any], slots: Mapping[int, Slot]) -> defaultdict[Any, Any]:
+    """The same, with copies of the entries in which each slot's views are cut to storages of their own, as
+    ``torch.save`` wants them."""
+    views = views_of(
+        slot for slot in slots.values() if slot.param in state and slot.is_shown_by(state[slot.param])
+    )
+    shown: defaultdict[Any, Any] = defaultdict(dict)
+    for key, entry in state.items():
+        own = views.get(id(key))
+        if own is not None:
+            shown[key] = {**own, **others_of(entry)}
+        else:
+            shown[key] = dict(entry) if isinstance(entry, dict) else entry
+    return shown
 
 
 def views_of(slots: Iterable[Slot]) -> dict[int, dict[str, Any]]:
@@ -80,7 +115,8 @@ def views_of(slots: Iterable[Slot]) -> dict[int, dict[str, Any]]:
 
 
 def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
-    """Neighbours in a buffer, of at most ``_SHARED`` elements together, or one alone."""
+    """Neighbours in a buffer, of at most ``_SHARED`` elements together, or one alone. ``torch.save`` takes no
+    storage for numbers of two types, so complex ones are apart from real ones."""
     of_buffer: dict[StateBuffer, list[Slot]] = defaultdict(list)
     for slot in slots:
         of_buffer[slot.buffer].append(slot)
@@ -88,7 +124,11 @@ def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
         members.sort(key=lambda slot: slot.index)
         run = members[:1]
         for before, slot in itertools.pairwise(members):
-            if slot.index != before.index + 1 or slot.start + slot.numel - run[0].start > _SHARED:
+            if (
+                slot.index != before.index + 1
+                or slot.start + slot.numel - run[0].start > _SHARED
+                or slot.param.is_complex() != before.param.is_complex()
+            ):
                 yield run
                 run = []
             run.append(slot)

@@ -46,6 +46,6 @@ def convert(arguments: argparse.Namespace) -> int:
         if package not in PACKAGES:
             raise
         return fail("convert", f'the package {package} is missing: pip install "adamw-triton[convert]"')
-    except (CheckpointError, OSError) as error:
-        return fail("convert", str(error))
+    except (CheckpointError, OSError, MemoryError) as error:
+        return fail("convert", str(error) or type(error).__name__)
     return 0

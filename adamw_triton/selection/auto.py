@@ -140,7 +140,9 @@ class Auto:
                 if is_trained(param):
                     trained[param.device].append(Trained.of(param, group))
         loaded: Counter[torch.device] = Counter()
-        for tensor in itertools.chain.from_iterable(entry.values() for entry in state.values()):
+        for tensor in itertools.chain.from_iterable(
+            e.values() for e in state.values() if isinstance(e, Mapping)
+        ):
             if isinstance(tensor, Tensor):
                 loaded[tensor.device] += tensor.nbytes
         host = host_limit()

@@ -32,7 +32,8 @@ class Slot:
     """Real elements: a complex element is two."""
     shape: torch.Size
     strides: tuple[int, ...]
-    """Of the parameter as real numbers when the slot was made: the order of the state in memory."""
+    """Of a dense tensor of the parameter's shape as real numbers, in the order of the state in memory: the
+    parameter's when the slot was made, or that of the codes that were loaded."""
     contiguous: bool
     """Whether that order is the one of a contiguous, real tensor."""
     entry: dict[str, Any] = field(default_factory=dict)
@@ -60,9 +61,19 @@ class Slot:
             and self.buffer.device == param.device
         )
 
-    def is_shown_by(self, entry: Mapping[str, Any]) -> bool:
-        """Whether ``entry`` holds this slot's own views."""
-        return entry.keys() == self.entry.keys() and all(entry[key] is self.entry[key] for key in entry)
+    def is_shown_by(self, entry: object) -> bool:
+        """Whether ``entry`` holds this slot's own views, whatever else somebody keeps there."""
+        if not isinstance(entry, Mapping) or not self.entry:
+            return False
+        return all(entry.get(key) is view for key, view in self.entry.items())
+
+    def lay_out(self, strides: tuple[int, ...]) -> None:
+        """Have the state in another memory order, as codes that come from elsewhere are."""
+        if strides != self.strides:
+            self.strides = strides
+            shape = as_real(self.param).shape
+            ordered = torch.empty_strided(shape, strides, device="meta").is_contiguous()
+            self.contiguous = ordered and not self.param.is_complex()
 
     def clear(self) -> None:
         """Back to before the first update."""

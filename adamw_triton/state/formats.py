@@ -102,5 +102,16 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, each once, in whatever order."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != reach:
+                return tensor.numel() == 0
+            reach *= size
+    return True
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

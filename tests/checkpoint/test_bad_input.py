@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adamw_triton import AdamW
-from adamw_triton.state.formats import Blockwise8
 from tests.checkpoint.sources import SHAPES, trained
-from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
+from tests.optimizer.problems import bits, parameters, state_bits, train
 
 VARIANTS = ("32bit", "8bit", "paged_8bit")
 SECOND = "parameter 'layer.1'"
@@ -100,7 +104,28 @@ ANY: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     "no groups": (lambda s: s.pop("param_groups"), "which has 'state' and 'param_groups': it has"),
     "a newer version": (lambda s: s.update(adamw_triton_version=2), "adamw_triton_version=2"),
     "no entry": (lambda s: s["state"].update({1: [1.0]}), f"state of {SECOND} is a list"),
-    "an unknown key": (lambda s: s["state"][1].update(ema=1.0), rf"state of {SECOND} has .*unknown: ema"),
+    "entries renamed": (
+        lambda s: s["state"][1].update(exp_avgs=s["state"][1].pop(min(s["state"][1]))),
+        rf"state of {SECOND} has .*unknown: exp_avgs; missing: exp_avg",
+    ),
+    "entry None": (lambda s: s["state"].update({1: None}), f"state of {SECOND} is a NoneType"),
+    "entry an empty list": (lambda s: s["state"].update({1: []}), f"state of {SECOND} is a list"),
+    "two with one number": (
+        lambda s: (s["state"].pop(0), s["param_groups"][0].update(params=[1, 1])),
+        "'layer.1' and another have the same number, 1",
+    ),
+    "step a bool": (spoil("step", lambda _: True), f"state of {SECOND}: step is True"),
+    "step a fraction": (spoil("step", lambda _: 2.5), f"state of {SECOND}: step is 2.5"),
+    "step huge": (spoil("step", lambda _: 10**400), f"state of {SECOND}: step is 1000"),
+    "step meta": (spoil("step", lambda t: t.to("meta")), f"state of {SECOND}: step is on the meta device"),
+    "groups no dicts": (lambda s: s.update(param_groups=[1, 2]), r"param_groups\[0\] is a int, not a dict"),
+    "params None": (group(1, params=None), r"param_groups\[1\]: params is a NoneType, not a list"),
+    "params unhashable": (group(1, params=[[], 3, 4]), r"param_groups\[1\]: \[\] in params"),
+    "names numbers": (group(1, param_names=[1, 2, 3]), r"param_groups\[1\]: 1 in param_names is no name"),
+    "lr a bool": (group(1, lr=True), r"param_groups\[1\]: lr must be a number, got True"),
+    "lr huge": (group(1, lr=10**400), r"param_groups\[1\]: lr must be a number, got 1000"),
+    "betas None": (group(1, betas=None), r"param_groups\[1\]: betas must be two numbers, got None"),
+    "amsgrad a text": (group(1, amsgrad="False"), r"param_groups\[1\]: amsgrad must be True or False"),
     "a missing key": (lambda s: s["state"][1].pop("step"), rf"state of {SECOND} has .*missing: step"),
     "step NaN": (spoil("step", lambda _: torch.tensor(math.nan)), f"state of {SECOND}: step is"),
     "step negative": (spoil("step", lambda _: -1), f"state of {SECOND}: step is -1"),
@@ -120,6 +145,23 @@ OF_32BIT: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     "transposed": (spoil("exp_avg_sq", lambda t: t.T), rf"{SECOND}: exp_avg_sq has shape \(128, 64\)"),
     "dtype": (spoil("exp_avg", lambda t: t.int()), rf"{SECOND}: exp_avg has dtype torch\.int32"),
     "no tensor": (spoil("exp_avg", lambda t: t.tolist()), rf"{SECOND}: exp_avg is a list, not a tensor"),
+    "meta": (spoil("exp_avg", lambda t: t.to("meta")), f"{SECOND}: exp_avg is on the meta device"),
+    "sparse": (spoil("exp_avg", lambda t: t.to_sparse()), rf"{SECOND}: exp_avg has layout torch\.sparse_coo"),
+    "sparse rows": (spoil("exp_avg", lambda t: t.to_sparse_csr()), f"{SECOND}: exp_avg has layout"),
+    "nested": (
+        spoil("exp_avg", lambda t: torch.nested.nested_tensor([t])),
+        f"{SECOND}: exp_avg has layout nested",
+    ),
+    "a subclass": (spoil("exp_avg", lambda t: TwoTensor(t, t)), f"{SECOND}: exp_avg is a TwoTensor"),
+    "a fake": (spoil("exp_avg", lambda t: FakeTensorMode().from_tensor(t)), f"{SECOND}: exp_avg is a Fake"),
+    "NaN": (spoil("exp_avg", with_first(math.nan)), f"{SECOND}: exp_avg has values that are NaN"),
+    "infinite": (spoil("exp_avg_sq", with_first(math.inf)), f"{SECOND}: exp_avg_sq has values that are NaN"),
+    "negative v": (spoil("exp_avg_sq", with_first(-1e-30)), f"{SECOND}: exp_avg_sq has values.* or negative"),
+    "too large for fp32": (
+        spoil("exp_avg_sq", lambda t: with_first(1e300)(t.double())),
+        f"{SECOND}: exp_avg_sq has values",
+    ),
+    "m of no AdamW": (spoil("exp_avg", with_first(-1e30)), f"{SECOND}: exp_avg has values"),
 }
 
 OF_8BIT: dict[str, tuple[Callable[[StateDict], Any], str]] = {
@@ -143,6 +185,19 @@ OF_8BIT: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     "negative scale": (spoil("exp_avg_sq_scales", with_first(-1.0)), f"{SECOND}: exp_avg_sq_scales"),
     "scales lost": (spoil("exp_avg_scales", lambda t: t[:-1].clone()), f"{SECOND}: scales of different"),
     "scales cast": (spoil("exp_avg_scales", lambda t: t.half()), f"{SECOND}: exp_avg_scales has dtype"),
+    "scale whose v is infinite": (
+        spoil("exp_avg_sq_scales", with_first(1e30)),
+        f"{SECOND}: exp_avg_sq_scales",
+    ),
+    "scale whose v is nothing": (
+        spoil("exp_avg_sq_scales", with_first(1e-25)),
+        f"{SECOND}: exp_avg_sq_scales has scales below 1.08e-19, too small to decode",
+    ),
+    "scale of no AdamW's m": (
+        spoil("exp_avg_scales", lambda t: with_first(1e30)(t).fill_(1e30)),
+        f"{SECOND}: exp_avg_scales times exp_avg_sq_scales make of exp_avg_codes values up to",
+    ),
+    "codes meta": (spoil("exp_avg_codes", lambda t: t.to("meta")), f"{SECOND}: exp_avg_codes is on the meta"),
     "amsgrad": (group(0, amsgrad=True), r"param_groups\[0\]: amsgrad=True needs 32-bit state"),
 }
 
@@ -161,7 +216,7 @@ def test_a_spoiled_state_dict(variant: str, spoiling: Callable[[StateDict], Any]
         entry["step"] = torch.tensor(77.0)
         for key, value in entry.items():
             if key != "step":
-                value.zero_()  # whatever of it arrives shows
+                value.fill_(1)  # whatever of it arrives shows
     state_dict["param_groups"][0]["eps"] = 0.5
     spoiling(state_dict)
     check_refused(optimizer, state_dict, message)
@@ -242,7 +297,11 @@ def test_groups_of_another_optimizer_without_state() -> None:
         ("absmax1", with_first(math.nan), "absmax1 has scales that are NaN"),
         ("absmax2", lambda t: t[:-1].clone(), "scales of different or wrong shapes: absmax1"),
         ("qmap2", lambda t: t[:16].clone(), r"qmap2 has shape \(16,\), expected \(256,\)"),
-        ("qmap1", lambda t: with_first(math.nan)(t.clone()), "qmap1 is a code table with NaN"),
+        (
+            "qmap1",
+            lambda t: with_first(math.nan)(t.clone()),
+            "qmap1 is a code table with values that are NaN",
+        ),
         ("state1", lambda t: t.float(), r"state1 has dtype torch\.float32, expected torch\.uint8"),
         ("state2", lambda t: t.view(-1), r"state2 has shape \(8192,\), expected \(64, 128\)"),
     ],
@@ -303,38 +362,55 @@ def test_too_little_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     train(optimizer, 1, first=3)
 
 
+@pytest.mark.parametrize("variants", [("32bit", "8bit"), ("8bit", "32bit"), ("8bit", "8bit")], ids=str)
 @pytest.mark.parametrize("had_state", [True, False])
-def test_memory_that_runs_out_halfway(had_state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without state before, nothing has happened. With some, it may be half-overwritten, and no step is made
-    on that."""
-    source = AdamW(parameters(SHAPES), variant="32bit")
+def test_memory_that_runs_out_halfway(
+    had_state: bool, variants: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each operation that takes memory in turn: nothing has happened, and the next load goes well."""
+    source = AdamW(parameters(SHAPES, torch.float16), variant=variants[0], block_size=256)
     train(source, 3)
-    optimizer = AdamW(parameters(SHAPES), variant="8bit")
-    if had_state:
-        train(optimizer, 1)
-    encode = Blockwise8.encode
-    calls = []
-
-    def second_fails(self: Blockwise8, *arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("not enough")
-        encode(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Blockwise8, "encode", second_fails)
-        with pytest.raises(torch.OutOfMemoryError):
-            optimizer.load_state_dict(source.state_dict())
-    set_grads(optimizer.param_groups[0]["params"], 2)
-    if had_state:
-        with pytest.raises(RuntimeError, match=r"failed halfway.*not enough"):
-            optimizer.step()
-    else:
-        assert not optimizer.state
-        fresh = AdamW(parameters(SHAPES), variant="8bit")
-        assert bits(train(optimizer, 1)) == bits(train(fresh, 1))
-    optimizer.load_state_dict(source.state_dict())
+    state_dict = copy.deepcopy(source.state_dict())
+    for entry in state_dict["state"].values():
+        for key in set(entry) & {"exp_avg", "exp_avg_sq"}:
+            entry[key] = entry[key].half()
+    for fails in itertools.count():
+        optimizer = AdamW(parameters(SHAPES), variant=variants[1])
+        if had_state:
+            train(optimizer, 1)
+        before = snapshot(optimizer)
+        try:
+            with Failing(fails):
+                optimizer.load_state_dict(state_dict)
+            break
+        except torch.OutOfMemoryError:
+            assert snapshot(optimizer) == before
+        if fails % 8 == 0:
+            fresh = AdamW(parameters(SHAPES), variant=variants[1])
+            train(fresh, int(had_state))
+            assert bits(train(optimizer, 1, first=2)) == bits(train(fresh, 1, first=2))
+    assert fails > 3
     optimizer.step()
+
+
+class Failing(TorchDispatchMode):
+    """Lets so many operations take memory, and the next one not."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self._left = left
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not t.is_meta and t.numel() > 8]
+        if any(t.untyped_storage().data_ptr() not in given for t in made):
+            self._left -= 1
+            if self._left < 0:
+                raise torch.OutOfMemoryError("not enough")
+        return result
 
 
 # --- A state_dict of views of the very state that is loaded -----------------------------------------------

@@ -221,7 +221,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"param_groups": [{**HYPER, "params": [0, 1], "param_names": ["a"]}]},
         "not as many param_names",
     ),
-    "entries": ({"state": {5: {}}, "param_groups": [{**HYPER, "params": [0]}]}, r"entries for [5]"),
+    "entries": ({"state": {5: {"step": 1}}, "param_groups": [{**HYPER, "params": [0]}]}, r"entries for [5]"),
 }
 
 
