@@ -249,7 +249,7 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of ours, of any variant and form, of torch.optim.AdamW or Adam, of bitsandbytes'
         AdamW (32-bit and 8-bit), or of torchao's AdamW8bit. It is converted to this optimizer's variant; for
-        8 bits, v is raised to (m/bound)**2 where rounding had lost it, and no AdamW can have it lower:
+        8 bits, v that half precision has rounded is raised to (m/bound)**2, since no AdamW can have it lower:
         bound = (1-b1) / sqrt((1-b2)*(1-b1**2/b2)). What others keep in the state comes along.
 
         Raises:

@@ -19,6 +19,8 @@ LARGEST_V = LARGEST_ROOT**2
 
 Betas = tuple[float, float]
 
+_EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -62,7 +64,9 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
         # The scales of before are part of an encoding: these begin at none, whatever was here.
         parts = own if fresh else {name: torch.zeros_like(array) for name, array in own.items()}
         where = next(iter(own.values())).device  # paged: the host, for the moments may not fit the GPU
-        slot.format.encode(raised(_flat_moments(saved.to(where), slot), betas), parts)
+        exact = all(part.dtype in _EXACT for part in saved.parts.values())
+        moments = _flat_moments(saved.to(where), slot)
+        slot.format.encode(raised(moments, betas, lost=0.0 if exact else LARGEST_V), parts)
     if not fresh:
         given = [part.untyped_storage().data_ptr() for part in saved.parts.values()]
         parts = {
@@ -92,20 +96,22 @@ def _flat_moments(saved: Saved, slot: Slot) -> Moments:
     return {key: _flat_in_order(moment, slot) for key, moment in moments.items() if key in wanted}
 
 
-def raised(moments: Moments, betas: Betas) -> Moments:
-    """With v no smaller than an AdamW can have it beside m, since 8 bits keep m by its ratio to sqrt(v):
+def raised(moments: Moments, betas: Betas, *, lost: float) -> Moments:
+    """With a v of up to ``lost`` no smaller than an AdamW can have it beside m, since 8 bits keep m by its
+    ratio to sqrt(v):
 
         |m| <= (1-b1) / sqrt((1-b2) * (1 - b1**2/b2)) * sqrt(v)
 
     by Cauchy and Schwarz over the gradients that both are sums of; 7.3 sqrt(v) with the default betas. In
     fp16, or in another optimizer's 8 bits, a small v is rounded to nothing while m is still there, and one
-    such element would take the scale of its block. Where b1**2 >= b2 there is no such bound.
+    such element would take the scale of its block. Where b1**2 >= b2 there is no such bound. In fp32 only a
+    v of 0 is lost: others are right, though under other betas than now they may be below the bound.
     """
     b1, b2 = betas
     m, v = moments["exp_avg"], moments["exp_avg_sq"]
     if b1 * b1 < b2 or b1 == 0:
         bound = (1 - b1) / math.sqrt((1 - b2) * (1 - (b1 * b1 / b2 if b1 else 0)))
-        v = torch.maximum(v, (m / bound).square_())
+        v = torch.where(v <= lost, torch.maximum(v, (m / bound).square_()), v)
     return {**moments, "exp_avg_sq": v.clamp(max=LARGEST_V)}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
-from adamw_triton.checkpoint.arrivals import raised
+from adamw_triton.checkpoint.arrivals import LARGEST_V, raised
 from tests.checkpoint import release_0
 from tests.checkpoint.sources import HYPER, SOURCES, bitsandbytes, meaning, ours, trained
 from tests.optimizer.problems import DTYPES, bits, parameters, set_grads, state_bits, train
@@ -266,8 +266,11 @@ def test_the_bound_is_kept_by_every_adamw(betas: tuple[float, float]) -> None:
         m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
     assert 0.999 * bound <= float(m / v.sqrt()) <= bound * (1 + 1e-9)
     moments = {"exp_avg": m.float() * 0.999, "exp_avg_sq": v.float()}
-    assert torch.equal(raised(moments, betas)["exp_avg_sq"], moments["exp_avg_sq"])
-    lost = raised({"exp_avg": torch.tensor([1e-3, 1e30]), "exp_avg_sq": torch.zeros(2)}, betas)["exp_avg_sq"]
+    assert torch.equal(raised(moments, betas, lost=LARGEST_V)["exp_avg_sq"], moments["exp_avg_sq"])
+    beyond = {"exp_avg": m.float() * 1.1, "exp_avg_sq": v.float()}  # of other betas, in fp32
+    assert torch.equal(raised(beyond, betas, lost=0.0)["exp_avg_sq"], beyond["exp_avg_sq"])
+    moments = {"exp_avg": torch.tensor([1e-3, 1e30]), "exp_avg_sq": torch.zeros(2)}
+    lost = raised(moments, betas, lost=0.0)["exp_avg_sq"]
     assert float(lost[0]) == pytest.approx((1e-3 / bound) ** 2, rel=1e-6)
     assert lost.isfinite().all()
 

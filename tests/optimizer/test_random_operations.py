@@ -136,7 +136,8 @@ def forget(pair: Pair) -> None:
 
 def look(pair: Pair) -> None:
     """At the state of every parameter, which makes empty entries."""
-    for param in pair.params:
+    for group, position in pair.places():
+        param = pair.ours.param_groups[group]["params"][position]
         entry = pair.ours.state[param]
         assert len(entry) == 0 or "step" in entry
     pair.check_unchanged()
