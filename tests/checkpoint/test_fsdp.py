@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("8bit", True, "FULL_STATE_DICT"),
         ("8bit", False, "SHARDED_STATE_DICT"),
-        ("paged_8bit", True, "SHARDED_STATE_DICT"),
-        ("32bit", True, "FULL_STATE_DICT"),
+        pytest.param("paged_8bit", True, "SHARDED_STATE_DICT", marks=pytest.mark.slow),
+        pytest.param("32bit", True, "FULL_STATE_DICT", marks=pytest.mark.slow),
     ],
 )
 def test_state_is_gathered_and_resumed(
@@ -29,9 +29,10 @@ def test_state_is_gathered_and_resumed(
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    arguments = [tmp_path / "meeting", variant, str(use_orig_params), kind]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.checkpoint.fsdp", str(rank), tmp_path / "meeting", variant, str(use_orig_params), kind],
+            [sys.executable, "-m", "tests.checkpoint.fsdp", str(rank), *arguments],
             cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE,
         )
         for rank in range(2)

@@ -157,7 +157,7 @@ MIXED: dict[str, tuple[torch.dtype, ...]] = {
 
 @pytest.mark.parametrize("shapes", [((3,), (70, 70)), ((0,), (5,)), ((), (0, 3))], ids=str)
 @pytest.mark.parametrize("kind", MIXED)
-@pytest.mark.parametrize("variant", ("32bit", "8bit", "paged_32bit", "paged_8bit", "amsgrad"))
+@pytest.mark.parametrize("variant", ["32bit", "8bit", "paged_32bit", "paged_8bit", "amsgrad"])
 def test_complex_and_real_parameters_side_by_side(
     variant: str, kind: str, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_pickled_optimizer_holds_little_but_its_state() -> None:
 @pytest.mark.parametrize(
     "way", ["state_dict", "file", "deepcopy", "pickle", "safetensors", "into a used one"]
 )
-@pytest.mark.parametrize("variant", ("32bit", "8bit", "paged_8bit"))
+@pytest.mark.parametrize("variant", ["32bit", "8bit", "paged_8bit"])
 def test_resuming_after_the_memory_order_changed_gives_the_same_bits(
     variant: str, way: str, tmp_path: Path
 ) -> None:
