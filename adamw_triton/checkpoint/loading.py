@@ -62,12 +62,8 @@ class Reader:
             self._check_hyperparameters(group, index)
         state = dict(state_dict["state"])
         keys = [key for group in saved_groups for key in group["params"]]
-        params: dict[Any, Tensor] = {}
+        _check_numbering(keys, groups)
         for key, (param, name) in zip(keys, named(groups), strict=True):
-            if params.setdefault(key, param) is not param:
-                raise ValueError(
-                    f"{name} and another have the same number, {key!r}, in the loaded state dict"
-                )
             if key in state and not isinstance(state[key], _Box):
                 state[key] = _Box(_checked(state[key], param, name))
         return {**state_dict, "state": state}
@@ -85,6 +81,14 @@ class Reader:
                 "goes on with the same number, decoupled",
                 *(index, group["weight_decay"]),
             )
+
+
+def _check_numbering(keys: Sequence[Any], groups: Groups) -> None:
+    """Two parameters cannot have one state; one that a group lists twice has it twice."""
+    found: dict[Any, Tensor] = {}
+    for key, (param, name) in zip(keys, named(groups), strict=True):
+        if found.setdefault(key, param) is not param:
+            raise ValueError(f"{name} and another have the same number, {key!r}, in the loaded state dict")
 
 
 def _checked(entry: Any, param: Tensor, name: str) -> Entry:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("8bit", True, "FULL_STATE_DICT"),
         ("8bit", False, "SHARDED_STATE_DICT"),
-        ("paged_8bit", True, "SHARDED_STATE_DICT"),
-        ("32bit", True, "FULL_STATE_DICT"),
+        pytest.param("paged_8bit", True, "SHARDED_STATE_DICT", marks=pytest.mark.slow),
+        pytest.param("32bit", True, "FULL_STATE_DICT", marks=pytest.mark.slow),
     ],
 )
 def test_state_is_gathered_and_resumed(
