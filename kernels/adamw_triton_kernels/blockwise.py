@@ -46,8 +46,7 @@ def encode_root_v(root_v, per_unit, index, phase):
     # width = (low+1)**4 - low**4 = (2*low+1)*((2*low+1)**2 + 1)/2, in units of 2**-32 of the dither.
     odd = tl.fma(low, 2.0**-10, 2.0**-11)
     width = odd * tl.fma(odd, odd, 2.0**-22)
-    low_squared = low * low
-    above = tl.fma(squared, squared, -(low_squared * low_squared))
+    above = tl.fma(-low, low, squared) * tl.fma(low, low, squared)  # squared**2 - low**4
     return tl.where((dither(index, phase) * width < above) | (low < COARSE), low + 1.0, low)
 
 

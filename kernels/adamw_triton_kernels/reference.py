@@ -327,7 +327,8 @@ def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
     low = _sqrt(squared).floor_()
     odd = (low * 2**-10).add_(2**-11)
     width = (odd * odd).add_(2**-22).mul_(odd)  # (low+1)**4 - low**4 = (2*low+1)((2*low+1)**2+1)/2
-    above = (squared * squared).sub_((low * low).square_())
+    low_squared = low * low
+    above = (squared - low_squared).mul_(squared + low_squared)  # squared**2 - low**4
     up = (width.mul_(dither) < above).logical_or_(low < COARSE)
     return low + up
 

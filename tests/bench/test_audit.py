@@ -45,7 +45,7 @@ def test_every_kernel_meets_every_target_with_the_types_it_has():
 
 
 def test_a_case_that_cannot_be_compiled_is_a_row_that_says_why(monkeypatch):
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such register\nand more")
 
     monkeypatch.setattr(audit, "compile_for", refuse)
