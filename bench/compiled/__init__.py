@@ -1,0 +1,1 @@
+"""The project's compiled kernels on the emulator (`bench.ptx`): without a GPU, and without the interpreter."""
