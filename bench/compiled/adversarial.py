@@ -1,23 +1,26 @@
-"""Extreme inputs: where the compiled kernel and the specification differ, and whether a known cause explains it.
+"""Extreme inputs: where the compiled kernel and the specification differ, and whether a known cause explains
+it.
 
-Known causes, each decided from the exact numbers of the element and never from what the kernel gave:
+Causes are decided from the exact numbers of an element, never from what the kernel gave:
 
 - subnormal v: the compiled square roots have .ftz, so v below 2**-126 counts as zero
-- lost element: its v is NaN or infinite; what its codes are is said nowhere but in a comment of the specification
-- beyond the scale: where v of one element has overflowed, its block keeps the old scale, and codes of elements that
-  are larger than that have no meaning: the kernel stores the low byte of a number above 255, and what torch makes of
-  it on a CPU is undefined
+- lost element: its v is NaN or infinite; what its codes are is said nowhere but in a comment of the
+  specification
+- beyond the scale: where v of one element has overflowed, its block keeps the old scale, and codes of elements
+  that are larger than that have no meaning: the kernel stores the low byte of a number above 255, and what
+  torch makes of it on a CPU is undefined
 - overflow on the way: m over the denominator is beyond fp32; the kernel multiplies by the learning rate first
 """
 
 from __future__ import annotations
 
 import torch
-from adamw_triton_kernels import reference
 from torch import Tensor
 
-from bench.compiled.problems import Kernel, Problem, adversarial_8bit, adversarial_32bit, distance
-from bench.compiled.session import compiled
+from adamw_triton_kernels import reference
+from bench.compiled.comparison import LIMITS, distance
+from bench.compiled.extremes import adversarial_8bit, adversarial_32bit
+from bench.compiled.problems import Kernel, Problem
 
 SMALLEST_NORMAL = 2.0**-126
 FP32_MAX = float(torch.finfo(torch.float32).max)
@@ -26,7 +29,7 @@ FP32_MAX = float(torch.finfo(torch.float32).max)
 def new_moments(before: Problem) -> tuple[Tensor, Tensor]:
     """m and v of the only tensor after the step, by the specification, before any encoding."""
     kernel, n = before.kernel, before.layout.numels[0]
-    state = {name: before.of_tensors(array, before.layout_per(name)) for name, array in before.state.items()}
+    state = {name: before.of_tensors(array, before.per(name)) for name, array in before.state.items()}
     if kernel.block:
         m, v = reference.decode_8bit(state, kernel.block)
     else:
@@ -65,7 +68,6 @@ def check_adversarial(
     grad: torch.dtype,
     eps: float,
     step: int,
-    limits: dict[str, float],
     flush: bool = True,
 ) -> tuple[list[str], dict[str, int], dict[str, str]]:
     """What no cause explains; how many elements each cause explains, and an example of each.
@@ -76,8 +78,7 @@ def check_adversarial(
     expected = make(kernel, param, grad, eps, step)
     before, ours = expected.copy(), expected.copy()
     expected.step_in_torch()
-    with compiled(capability, flush=flush):
-        ours.step_compiled()
+    ours.step_compiled(capability, flush=flush)
     problems: list[str] = []
     if not ours.untouched(before):
         problems.append("memory outside the tensors has changed")
@@ -87,7 +88,7 @@ def check_adversarial(
     explained: dict[str, int] = {}
     examples: dict[str, str] = {}
     label = f"adversarial eps={eps:g} step {step}"
-    for name, (far, limit) in _differences(before, ours, expected, limits).items():
+    for name, (far, limit) in _differences(before, ours, expected).items():
         bad = far > limit
         if name in ("exp_avg_codes", "exp_avg_scales") and kernel.block:
             bad &= _comparable(name, before, ours, expected, known["lost element"])
@@ -106,29 +107,27 @@ def check_adversarial(
     return problems, explained, examples
 
 
-def _differences(
-    before: Problem, ours: Problem, expected: Problem, limits: dict[str, float]
-) -> dict[str, tuple[Tensor, float]]:
+def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str, tuple[Tensor, float]]:
     """Of weights and each state array: how far apart, and how far they may be."""
     kernel, param = before.kernel, before.params[0]
     change = 2 * (expected.params[0].float() - param.float())
-    limit = limits["weight"] if param.dtype == torch.float32 else 1.0
+    limit = LIMITS["weight"] if param.dtype == torch.float32 else 1.0
     found = {"weight": (distance(ours.params[0], expected.params[0], param, change), limit)}
     g = expected.grads[0].float() * expected.hyper[0, 0]
     for name in expected.state:
-        a, b, o = (p.of_tensors(p.state[name], p.layout_per(name)) for p in (ours, expected, before))
+        a, b, o = (p.of_tensors(p.state[name], p.per(name)) for p in (ours, expected, before))
         if name.endswith("codes"):
             found[name] = (a.float() - b.float()).abs().double(), 1.0
         elif kernel.block:
             found[name] = distance(a, b), 1.0
         else:
-            found[name] = distance(a, b, o, g if name == "exp_avg" else g * g), limits["state"]
+            found[name] = distance(a, b, o, g if name == "exp_avg" else g * g), LIMITS["state"]
     return found
 
 
 def _comparable(name: str, before: Problem, ours: Problem, expected: Problem, lost: Tensor) -> Tensor:
-    """m is stored relative to the decoded v: only blocks whose codes of v are the same, but for lost elements, can
-    be compared."""
+    """m is stored relative to the decoded v: only blocks whose codes of v are the same, but for lost elements,
+    can be compared."""
     block = before.kernel.block
     codes = [p.of_tensors(p.state["exp_avg_sq_codes"]) for p in (ours, expected)]
     different = _any_of_block((codes[0] != codes[1]) & ~lost, block)
@@ -149,7 +148,7 @@ def describe(at: int, name: str, before: Problem, ours: Problem, theirs: Problem
     if name.endswith("scales"):
         given["largest |g| of the block"] = before.grads[0][element : element + block].abs().max()
     for key, array in before.state.items():
-        given[key] = array[element // before.layout_per(key)]
+        given[key] = array[element // before.per(key)]
     a, b = ((p.params[0] if name == "weight" else p.state[name])[at] for p in (ours, theirs))
     inputs = ", ".join(f"{key}={float(value):g}" for key, value in given.items())
     return f"[{at}] {inputs}: compiled {float(a):g}, reference {float(b):g}"

@@ -1,7 +1,7 @@
 """Triton's driver of an NVIDIA GPU that is not here: what is launched on it, the emulator runs.
 
-Of the launcher nothing is replaced: it compiles as on a GPU, gets Triton's own compiled kernel, and calls that
-with its list of arguments. What arrives here is what would go to the CUDA driver.
+Of the launcher nothing is replaced: it compiles as on a GPU, gets Triton's own compiled kernel, and calls
+that with its list of arguments. What arrives here is what would go to the CUDA driver.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ class Launcher:
         """Type of each argument, ``constexpr`` for constants."""
         self.constants = {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()}
         self.shared_bytes = int(metadata.shared)
-        kept = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
-        if kept is None:
-            raise PtxError(f"Triton has not kept the PTX of {metadata.name}")
-        self.ptx = Path(kept).read_text()
+        self.ptx = _kept(metadata, "ptx").decode()
+        self.cubin = _kept(metadata, "cubin")
 
     def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
         """As Triton calls it: stream, function, metadata of two kinds and two hooks, then the arguments."""
@@ -106,6 +104,14 @@ class Launcher:
                 raise TypeError(f"argument {name} is {kind}, which {value} does not fit")
             given.append(int(value))
         return given + [0] * _SCRATCH
+
+
+def _kept(metadata: Any, kind: str) -> bytes:
+    """What Triton's cache has of a kernel."""
+    file = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.{kind}")
+    if file is None:
+        raise PtxError(f"Triton has not kept the {kind} of {metadata.name}")
+    return Path(file).read_bytes()
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ import argparse
 
 import numpy as np
 import torch
-from adamw_triton_kernels import Layout, adamw_8bit, adamw_32bit, reference
-from adamw_triton_kernels.launch import chunk_table
 from torch import Tensor
 
+from adamw_triton_kernels import Layout, adamw_8bit, adamw_32bit, reference
+from adamw_triton_kernels.launch import chunk_table
 from bench.compiled.problems import KERNELS, Kernel, distance, hypers
 from bench.compiled.session import compiled
 

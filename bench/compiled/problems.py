@@ -1,15 +1,19 @@
-"""Inputs for the kernels, and how far two results are apart."""
+"""What the kernels are given: parameters, gradients and state, with guards around them, of ordinary numbers."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
 
 import torch
-from adamw_triton_kernels import Hyper, Layout, hyper_table, reference
 from torch import Tensor
+
+from adamw_triton_kernels import Hyper, Layout, hyper_table, reference
+from bench.compiled.session import Session, compiled, in_triton, pieces, whole
+from bench.ptx.memory import Range
 
 NUMELS = (1, 31, 127, 128, 129, 2047, 2048, 4097, 9000)
 FIRSTS = (0, 0, 2**31 - 64, 0, 2**33 + 256, 0, 128, 0, 0)
@@ -28,7 +32,17 @@ class Kernel:
     amsgrad: bool = False
 
     @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(f"adamw_triton_kernels.{self.update}")
+
+    @property
+    def tile(self) -> int:
+        """Elements of a whole tile."""
+        return int(self.module.TILE)
+
+    @property
     def alignment(self) -> int:
+        """Elements, of a tensor's place in the state arrays."""
         return self.block or 32
 
     def arrays(self, numel: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -56,7 +70,7 @@ KERNELS = {
 }
 
 
-def guarded(numel: int, dtype: torch.dtype, shift: int = 0) -> tuple[Tensor, Tensor]:
+def _guarded(numel: int, dtype: torch.dtype, shift: int = 0) -> tuple[Tensor, Tensor]:
     """An array of zeros that begins ``shift`` entries after a multiple of 64 bytes, and all its memory."""
     size = dtype.itemsize
     memory = torch.full(((numel + 2 * GUARD + 8) * size,), 0xAB, dtype=torch.uint8)
@@ -91,12 +105,14 @@ class Problem:
         firsts: Sequence[int] | None = None,
         rows: int = 2,
     ) -> Problem:
-        """All zeros."""
+        """All zeros; with ``rows`` rows of hyperparameters, which take turns."""
         params, grads, memories = [], [], []
         for index, n in enumerate(numels):
             for dtype, shift, arrays in ((param_dtype, 1, params), (grad_dtype, 3, grads)):
                 # Of misaligned ones, some are misaligned by other distances, and some are not.
-                array, memory = guarded(n, dtype, 0 if aligned or index % 3 == 2 else shift * (index % 3 + 1))
+                array, memory = _guarded(
+                    n, dtype, 0 if aligned or index % 3 == 2 else shift * (index % 3 + 1)
+                )
                 arrays.append(array)
                 memories.append(memory)
         offsets = [0]
@@ -104,7 +120,7 @@ class Problem:
             offsets.append(offsets[-1] + -(-n // kernel.alignment) * kernel.alignment)
         state = {}
         for name, (entries, dtype) in kernel.arrays(offsets.pop()).items():
-            state[name], memory = guarded(entries, dtype)
+            state[name], memory = _guarded(entries, dtype)
             memories.append(memory)
         layout = Layout(
             tuple(numels),
@@ -127,13 +143,7 @@ class Problem:
             begin = t.data_ptr() - owner.data_ptr()
             return by_memory[owner.data_ptr()][begin : begin + t.numel() * t.element_size()].view(t.dtype)
 
-        layout = Layout(
-            self.layout.numels,
-            self.layout.offsets,
-            self.layout.firsts,
-            self.layout.rows,
-            max_chunks or self.layout.max_chunks,
-        )
+        layout = replace(self.layout, max_chunks=max_chunks or self.layout.max_chunks, tables={})
         params, grads = list(map(moved, self.params)), list(map(moved, self.grads))
         state = {name: moved(array) for name, array in self.state.items()}
         return Problem(self.kernel, params, grads, state, layout, self.hyper, list(by_memory.values()))
@@ -141,28 +151,48 @@ class Problem:
     def step_in_torch(self) -> None:
         getattr(reference, self.kernel.update)(self.params, self.grads, self.state, self.layout, self.hyper)
 
-    def step_compiled(self) -> None:
-        """Within `run_compiled.compiled`."""
-        module = importlib.import_module(f"adamw_triton_kernels.{self.kernel.update}")
-        getattr(module, self.kernel.update)(self.params, self.grads, self.state, self.layout, self.hyper)
+    def step_compiled(self, capability: int, **settings: Any) -> Session:
+        """By the kernel that is compiled for sm_``capability``.
 
-    def bits(self) -> list[Tensor]:
-        """Everything, guards too."""
-        return self.memories
+        Args:
+            settings: of the `Session` that it runs in.
+
+        Raises:
+            AccessError, PtxError, TypeError: see `Session.run`.
+        """
+        with compiled(capability, **{"reach": self.reach(), **settings}) as session:
+            update = in_triton(self.kernel.update, self.params[0].device)
+            update(self.params, self.grads, self.state, self.layout, self.hyper)
+        return session
+
+    def reach(self) -> list[Range]:
+        """What a step may touch, whatever its tables say."""
+        layout = self.layout
+        ranges = [whole(param, f"param {i}") for i, param in enumerate(self.params)]
+        ranges += [whole(grad, f"grad {i}", writable=False) for i, grad in enumerate(self.grads)]
+        for name, array in self.state.items():
+            names = [f"{name} of tensor {i}" for i in range(len(layout.numels))]
+            places = list(zip(layout.offsets, layout.numels, names, strict=True))
+            ranges += pieces(array, self.per(name), places)
+        return ranges
+
+    def same_bits(self, other: Problem) -> bool:
+        """Of everything, guards too."""
+        return all(map(torch.equal, self.memories, other.memories))
 
     def untouched(self, before: Problem) -> bool:
-        """Whether nothing has changed but parameters and state of these tensors: not guards, gradients, or gaps."""
+        """Whether nothing has changed but parameters and state of these tensors: not guards, gradients, gaps."""
         ours, theirs = self.copy(), before.copy()
         for problem in (ours, theirs):
             for param in problem.params:
                 param.zero_()
             for name, array in problem.state.items():
-                per = problem.layout_per(name)
+                per = problem.per(name)
                 for offset, n in zip(problem.layout.offsets, problem.layout.numels, strict=True):
                     array[offset // per : -(-(offset + n) // per)] = 0
-        return all(map(torch.equal, ours.bits(), theirs.bits()))
+        return ours.same_bits(theirs)
 
-    def layout_per(self, name: str) -> int:
+    def per(self, name: str) -> int:
         """Elements that share an entry of the array."""
         return self.kernel.block if name.endswith("scales") else 1
 
@@ -207,74 +237,3 @@ def set_gradients(problem: Problem, step: int) -> None:
         g[1024:1280] = 0
         grad.copy_(g)
     problem.hyper = hypers(step)
-
-
-EXTREMES = (0.0, -0.0, 1e-45, -1e-40, 1.1e-38, 1.3e-38, 1e-30, -1e-20, 1e-12, 1e-8, -1.0, 300.0, 1e10, 1e18,
-            -1e19, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))  # fmt: skip
-FEW = (0.0, -1.0, 1e-40, 1e30, float("inf"), float("nan"))
-VARIANCES = sorted({abs(x) for x in EXTREMES if x == x})
-
-
-def adversarial_32bit(
-    kernel: Kernel, param_dtype: torch.dtype, grad_dtype: torch.dtype, eps: float, step: int
-) -> Problem:
-    """Every combination of extreme weights, gradients and moments, an element each."""
-    table = torch.tensor(list(itertools.product(FEW, EXTREMES, (0.0, -1e-40, 1e-21, 1.0, 1e30), VARIANCES)))
-    problem = Problem.of(kernel, param_dtype, grad_dtype, hypers(step, (eps, eps)), (len(table),), rows=1)
-    p, g, m, v = table.unbind(1)
-    problem.params[0].copy_(p)
-    problem.grads[0].copy_(g)
-    problem.state["exp_avg"][: len(p)] = m
-    problem.state["exp_avg_sq"][: len(p)] = v
-    if kernel.amsgrad:
-        problem.state["max_exp_avg_sq"][: len(p)] = v[
-            torch.randperm(len(v), generator=torch.Generator().manual_seed(3))
-        ]
-    return problem
-
-
-V_SCALES = (0.0, 9e-19, 1.2e-18, 1e-9, 1.0, 1e10, 1.7e19)
-M_SCALES = (0.0, 1e-12, 1.0, 1e15)
-
-
-def adversarial_8bit(
-    kernel: Kernel, param_dtype: torch.dtype, grad_dtype: torch.dtype, eps: float, step: int
-) -> Problem:
-    """Every combination of extreme gradients and scales, a block each; a last block that is not whole."""
-    block = kernel.block
-    generator = torch.Generator().manual_seed(2)
-    patterns = [torch.full((block,), x) for x in EXTREMES]
-    for huge in (1e30, 3e38, float("inf"), float("nan"), 1.0, 1e-30):
-        pattern = torch.randn(block, generator=generator) * 1e-10
-        pattern[block // 3] = huge
-        patterns.append(pattern)
-    patterns.append(
-        torch.randn(block, generator=generator) * 10 ** (40 * torch.rand(block, generator=generator) - 20)
-    )
-    cases = list(itertools.product(patterns, V_SCALES, M_SCALES))
-    numel = len(cases) * block - 5
-    problem = Problem.of(kernel, param_dtype, grad_dtype, hypers(step, (eps, eps)), (numel,), rows=1)
-    problem.params[0].copy_(torch.randn(numel, generator=generator))
-    problem.grads[0].copy_(torch.cat([pattern for pattern, _, _ in cases])[:numel])
-    state = problem.state
-    used = slice(0, len(cases))
-    state["exp_avg_sq_scales"][used] = torch.tensor([v for _, v, _ in cases]).bfloat16()
-    state["exp_avg_scales"][used] = torch.tensor([m for _, _, m in cases]).bfloat16()
-    state["exp_avg_sq_codes"][:numel] = torch.randint(0, 256, (numel,), generator=generator).to(torch.uint8)
-    state["exp_avg_codes"][:numel] = torch.randint(-127, 128, (numel,), generator=generator).to(torch.int8)
-    return problem
-
-
-def distance(actual: Tensor, expected: Tensor, *took_part: Tensor) -> Tensor:
-    """In ulps of the largest magnitude that took part; 0 where both are the same or both NaN, infinite where one is
-    not finite and the other differs from it."""
-    dtype = actual.dtype
-    size = torch.stack([t.float().abs().nan_to_num(0.0, 0.0, 0.0) for t in (expected, *took_part)]).amax(0)
-    exponent = torch.frexp(size).exponent.double()
-    ulp = torch.exp2(exponent - 1) * torch.finfo(dtype).eps
-    ulp = ulp.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-    apart = (actual.double() - expected.double()).abs() / ulp
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    apart[~same & ~(actual.isfinite() & expected.isfinite())] = float("inf")
-    apart[same] = 0
-    return apart

@@ -6,8 +6,8 @@
         optimizer.step()
     print(session.conflicts())
 
-What an optimizer takes at its first step, it keeps: that step has to be within. Triton's interpreter has to be
-off: with TRITON_INTERPRET=1 ``@triton.jit`` makes something that cannot be compiled.
+What an optimizer takes at its first step, it keeps: that step has to be within. Triton's interpreter has to
+be off: with TRITON_INTERPRET=1 ``@triton.jit`` makes something that cannot be compiled.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Session:
     arguments: Callable[[list[Any]], list[Any]] | None = None
     """Changes the arguments of a launch: to plant faults."""
     launches: int = 0
+    kernels: list[Launcher] = field(default_factory=list)
+    """Those that were launched, in the order of their first launches."""
     executed: Counter[str] = field(default_factory=Counter)
     """Times that threads have executed each opcode."""
     memories: list[GlobalMemory] = field(default_factory=list)
@@ -78,6 +80,8 @@ class Session:
         if self.arguments is not None:
             arguments = self.arguments(arguments)
         numbers = kernel.numbers(arguments)
+        if kernel not in self.kernels:
+            self.kernels.append(kernel)
         emulator = self._emulator(kernel.ptx)
         given = dict(zip(kernel.signature, arguments, strict=True))
         tables = [whole(given[name], name, writable=False) for name in TABLES]
@@ -101,7 +105,7 @@ class Session:
         return _emulators[key]
 
     def conflicts(self) -> dict[str, str]:
-        """All kinds of races seen, and reads of shared memory that nobody had written; each with an example."""
+        """All kinds of races seen, and reads of shared memory that nobody had written, each with an example."""
         found: dict[str, str] = {}
         for memory in (*self.memories, *self.shared):
             if memory.races:
@@ -119,7 +123,7 @@ _emulators: dict[tuple[str, float | str, bool], Emulator] = {}
 
 
 def reachable(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
-    """The memory of a launch, by its own tables: the tensors, and of the state their elements, not the gaps.
+    """What a launch may touch, by its own tables: the tensors, and of the state their elements, not the gaps.
 
     Args:
         given: arguments by name.

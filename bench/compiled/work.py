@@ -1,70 +1,97 @@
-"""What a compiled kernel executes and moves for an element, whole tiles and tails apart: PTX instructions of a thread
-(not machine instructions), and sectors of 32 bytes that its accesses to global memory ask for.
-
-    python count_work.py [--targets 80 90 100]
-"""
+"""What a compiled kernel executes and moves for an element, whole tiles and tails apart: PTX instructions of a
+thread (not machine instructions), and the sectors of 32 bytes that its accesses to global memory ask for."""
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-import torch
+from bench.compiled.problems import KERNELS, ordinary, set_gradients
+from bench.report import Table
+from bench.suite import DTYPES
 
-from bench.compiled.problems import KERNELS, Kernel, ordinary, set_gradients
-from bench.compiled.session import compiled
+_ACCESS = re.compile(r"(ld|st)\.global\.([\w.:]+)")
+SECTOR = 32
+"""Bytes."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+@dataclass(frozen=True)
+class Access:
+    """Of one kind of loads or stores, for an element."""
+
+    kind: str
+    """As the PTX has it: ``ld v4.b32``."""
+    moved: float
+    """Bytes, in whole sectors."""
+    wanted: float
+    """Bytes that are used."""
 
 
-def measure(
-    capability: int, kernel: Kernel, param: str, grad: str, aligned: bool, numel: int
-) -> tuple[float, dict[str, list[float]]]:
-    """Instructions of all threads, and by kind of access: requests of warps, sectors, different bytes."""
-    problem = ordinary(kernel, DTYPES[param], DTYPES[grad], aligned, (numel,))
+@dataclass(frozen=True)
+class Work:
+    """For an element, by code that updates it."""
+
+    label: str
+    tail: bool
+    instructions: float
+    """Executed by its thread, with all that a program does once."""
+    accesses: tuple[Access, ...]
+
+    @property
+    def moved(self) -> float:
+        return sum(access.moved for access in self.accesses)
+
+    @property
+    def wanted(self) -> float:
+        return sum(access.wanted for access in self.accesses)
+
+
+def measure(capability: int, kernel: str, param: str, grad: str, *, aligned: bool, tail: bool) -> Work:
+    """Run one tile, or in masked tails all of it but one element."""
+    made = KERNELS[kernel]
+    numel = made.tile - tail
+    problem = ordinary(made, DTYPES[param], DTYPES[grad], aligned, (numel,))
     set_gradients(problem, 1)
-    with compiled(capability, sectors=True) as session:
-        problem.step_compiled()
+    session = problem.step_compiled(capability, sectors=True)
     (memory,) = session.memories
-    accesses: dict[str, list[float]] = {}
+    accesses: dict[str, list[int]] = {}
     for instruction, sectors in memory.traffic.sectors.items():
-        found = re.search(r"(ld|st)\.global\.([\w.]+)", instruction)
-        kind = f"{'load' if found[1] == 'ld' else 'store'} {found[2]}"
-        of_kind = accesses.setdefault(kind, [0.0, 0.0, 0.0])
-        of_kind[0] += memory.traffic.requests[instruction]
-        of_kind[1] += sectors
-        of_kind[2] += memory.traffic.wanted[instruction]
-    return sum(session.executed.values()), accesses
+        found = _ACCESS.search(instruction)
+        kind = f"{found[1]} {found[2]}"
+        of_kind = accesses.setdefault(kind, [0, 0])
+        of_kind[0] += sectors * SECTOR
+        of_kind[1] += memory.traffic.wanted[instruction]
+    label = f"sm_{capability} {kernel} {param}/{grad}{'' if aligned else ' misaligned'}"
+    counted = (Access(kind, moved / numel, wanted / numel) for kind, (moved, wanted) in accesses.items())
+    return Work(label, tail, sum(session.executed.values()) / numel, tuple(counted))
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("--targets", type=int, nargs="+", default=[90])
-    arguments.add_argument("--param", default="bf16")
-    arguments.add_argument("--grad", default="bf16")
-    given = arguments.parse_args()
-    for capability in given.targets:
-        for name, kernel in KERNELS.items():
-            for aligned in (True, False):
-                tile = 2048 if kernel.block else 1024
-                once, few = measure(capability, kernel, given.param, given.grad, aligned, tile)
-                tail, short = measure(capability, kernel, given.param, given.grad, aligned, tile - 1)
-                print(
-                    f"sm_{capability} {name} {given.param}/{given.grad} {'aligned' if aligned else 'misaligned'}:"
-                )
-                print(
-                    f"  a whole tile, with all that a CTA does once: {once / tile:.1f} instructions an element"
-                )
-                print(f"  {tile - 1} elements in tails: {tail / (tile - 1):.1f} instructions an element")
-                for label, accesses, n in (("whole tile", few, tile), ("tails", short, tile - 1)):
-                    for kind, (requests, sectors, wanted) in sorted(accesses.items()):
-                        print(
-                            f"    {label}: {kind:10} {requests:6.0f} warps' accesses, {sectors * 32 / n:6.2f} bytes of "
-                            f"sectors an element, of which {wanted / n:.2f} wanted"
-                        )
+def count(capability: int = 90, pair: tuple[str, str] = ("bf16", "bf16")) -> Iterator[Work]:
+    """Every kernel: whole tiles and tails, of the builds for aligned and for misaligned memory."""
+    for kernel in KERNELS:
+        for aligned in (True, False):
+            for tail in (False, True):
+                yield measure(capability, kernel, *pair, aligned=aligned, tail=tail)
 
 
-if __name__ == "__main__":
-    main()
+def table(counted: Iterable[Work]) -> Table:
+    """Of `count`, for the audit and the suite."""
+    rows = [
+        [
+            one.label,
+            "tails" if one.tail else "whole tile",
+            f"{one.instructions:.1f}",
+            f"{one.moved:.2f}",
+            f"{one.wanted:.2f}",
+            f"{one.moved / one.wanted:.1f}x",
+        ]
+        for one in counted
+    ]
+    columns = ["kernel, params/grads", "elements in", "PTX instructions", "bytes of sectors", "wanted", ""]
+    notes = [
+        "Counted by the emulator for each element of one tile; instructions of PTX, with all that a program does "
+        "once.",
+        "Bytes: what warps' accesses ask for in whole sectors of 32; a cache serves some of them twice.",
+    ]
+    return Table("Work of an element", columns, rows, notes)
