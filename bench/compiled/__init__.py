@@ -1,1 +1,1 @@
-"""The project's compiled kernels on the emulator (`bench.ptx`): without a GPU, and without the interpreter."""
+"""The project's compiled kernels on the emulator (`bench.ptx`): no GPU, no interpreter."""

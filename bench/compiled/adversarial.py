@@ -6,8 +6,8 @@ Causes are decided from the exact numbers of an element, never from what the ker
 - subnormal v: the compiled square roots have .ftz, so v below 2**-126 counts as zero
 - lost element: its v is NaN or infinite; what its codes are is said nowhere but in a comment of the
   specification
-- beyond the scale: where v of one element has overflowed, its block keeps the old scale, and codes of elements
-  that are larger than that have no meaning: the kernel stores the low byte of a number above 255, and what
+- beyond the scale: where v of one element has overflowed, its block keeps the old scale, and codes of
+  elements that are larger have no meaning: the kernel stores the low byte of a number above 255, and what
   torch makes of it on a CPU is undefined
 - overflow on the way: m over the denominator is beyond fp32; the kernel multiplies by the learning rate first
 """
@@ -126,8 +126,8 @@ def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str,
 
 
 def _comparable(name: str, before: Problem, ours: Problem, expected: Problem, lost: Tensor) -> Tensor:
-    """m is stored relative to the decoded v: only blocks whose codes of v are the same, but for lost elements,
-    can be compared."""
+    """m is stored relative to the decoded v: only blocks whose codes of v are the same, lost elements apart, can
+    be compared."""
     block = before.kernel.block
     codes = [p.of_tensors(p.state["exp_avg_sq_codes"]) for p in (ours, expected)]
     different = _any_of_block((codes[0] != codes[1]) & ~lost, block)

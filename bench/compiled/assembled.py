@@ -1,6 +1,6 @@
-"""Whether the assembler changed arithmetic after the PTX: it may fuse a product and a sum that have no rounding
-modifier. Counts floating-point instructions in PTX and in the machine code of every build: where they are the
-same, what the emulator computes is what the machine code computes. Tells of spills, too."""
+"""Whether the assembler changed arithmetic after the PTX: it may fuse a product and a sum that have no
+rounding modifier. Counts floating-point instructions in PTX and in machine code: where they are the same,
+what the emulator computes is what the machine code computes. Tells of spills, too."""
 
 from __future__ import annotations
 

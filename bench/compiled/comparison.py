@@ -38,8 +38,8 @@ class Report:
 
 
 def distance(actual: Tensor, expected: Tensor, *took_part: Tensor) -> Tensor:
-    """In ulps of the largest magnitude that took part; 0 where both are the same or both NaN, infinite where one
-    is not finite and the other differs from it."""
+    """In ulps of the largest magnitude that took part; 0 where both are the same or both NaN, infinite
+    where one is not finite and the other differs from it."""
     dtype = actual.dtype
     size = torch.stack([t.float().abs().nan_to_num(0.0, 0.0, 0.0) for t in (expected, *took_part)]).amax(0)
     exponent = torch.frexp(size).exponent.double()

@@ -1,4 +1,4 @@
-"""What the kernels are given: parameters, gradients and state, with guards around them, of ordinary numbers."""
+"""What the kernels are given: parameters, gradients and state, of ordinary numbers, with guards around."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Problem:
         return all(map(torch.equal, self.memories, other.memories))
 
     def untouched(self, before: Problem) -> bool:
-        """Whether nothing has changed but parameters and state of these tensors: not guards, gradients, gaps."""
+        """Whether only parameters and state of these tensors have changed, not guards, gradients or gaps."""
         ours, theirs = self.copy(), before.copy()
         for problem in (ours, theirs):
             for param in problem.params:

@@ -105,7 +105,7 @@ class Session:
         return _emulators[key]
 
     def conflicts(self) -> dict[str, str]:
-        """All kinds of races seen, and reads of shared memory that nobody had written, each with an example."""
+        """Kinds of races seen, and reads of shared memory that nobody had written, each with an example."""
         found: dict[str, str] = {}
         for memory in (*self.memories, *self.shared):
             if memory.races:

@@ -1,5 +1,5 @@
-"""What a compiled kernel executes and moves for an element, whole tiles and tails apart: PTX instructions of a
-thread (not machine instructions), and the sectors of 32 bytes that its accesses to global memory ask for."""
+"""What a compiled kernel executes and moves for an element, whole tiles and tails apart: PTX instructions of
+a thread (not machine instructions), and the sectors of 32 bytes that accesses to global memory ask for."""
 
 from __future__ import annotations
 
@@ -90,8 +90,7 @@ def table(counted: Iterable[Work]) -> Table:
     ]
     columns = ["kernel, params/grads", "elements in", "PTX instructions", "bytes of sectors", "wanted", ""]
     notes = [
-        "Counted by the emulator for each element of one tile; instructions of PTX, with all that a program does "
-        "once.",
+        "Counted by the emulator over one tile; instructions of PTX, with all that a program does once.",
         "Bytes: what warps' accesses ask for in whole sectors of 32; a cache serves some of them twice.",
     ]
     return Table("Work of an element", columns, rows, notes)
