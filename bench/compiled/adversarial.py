@@ -126,8 +126,8 @@ def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str,
 
 
 def _comparable(name: str, before: Problem, ours: Problem, expected: Problem, lost: Tensor) -> Tensor:
-    """m is stored relative to the decoded v: only blocks whose codes of v are the same, lost elements apart, can
-    be compared."""
+    """m is stored relative to the decoded v: only blocks whose codes of v are the same, lost elements apart,
+    can be compared."""
     block = before.kernel.block
     codes = [p.of_tensors(p.state["exp_avg_sq_codes"]) for p in (ours, expected)]
     different = _any_of_block((codes[0] != codes[1]) & ~lost, block)

@@ -112,7 +112,7 @@ def _after(case: Case, aligned: bool, is_whole: bool) -> dict[str, Tensor]:
         problem.grads[0].copy_((torch.randn(kernel.tile, generator=generator) * 0.1)[:numel])
         problem.hyper = hypers(step)
         problem.step_compiled(case.capability)
-    common = kernel.tile - kernel.alignment  # the last block has other elements
+    common = kernel.tile - (kernel.block or 1)  # the last block has other elements
     state = {name: array[: common // problem.per(name)] for name, array in problem.state.items()}
     return {"weight": problem.params[0][:common], **state}
 

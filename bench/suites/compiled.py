@@ -1,5 +1,5 @@
-"""``python -m bench compiled``: every compiled kernel for every NVIDIA target, run without a GPU and compared with
-its specification.
+"""``python -m bench compiled``: every compiled kernel for every NVIDIA target, run without a GPU and compared
+with its specification.
 
 The PTX that Triton makes runs on an emulator (bench/ptx/README.md), through the launcher, on CPU tensors. What
 is checked is told in `bench.compiled.checks`. Beside it: tensors beyond 2**32 elements, whether the assembler
@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def summary(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequen
         "fused later", "spill",
     ]  # fmt: skip
     notes = [
-        "Ulps: the largest distance from the specification, approximate instructions off by all that they may be.",
+        "Ulps: the largest distance from the specification, with approximate instructions off by what they may.",
         "Codes: the largest share that is one away. Fused later, spill: builds.",
         "Not run here: AMD (compiled and disassembled by `bench audit`), caches, streams, copies, graphs.",
     ]
@@ -101,9 +100,9 @@ def known(found: Found) -> Table:
     examples: dict[str, str] = {}
     for case, each in found.items():
         for kind, example in each.notes.items():
-            key = f"{case.kernel}: {kind}"
+            key = f"{case.kernel} {kind}"
             counts[key] += each.explained.get(kind, 0)
-            examples.setdefault(key, f"{case}: {example}")
+            examples.setdefault(key, "" if "races" in kind else example.rsplit(": ", 1)[-1])
     rows = [[key, str(counts[key] or ""), examples[key]] for key in sorted(examples)]
     return Table("Differences with a known cause", ["kind", "elements", "example"], rows)
 
@@ -178,7 +177,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def data(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequence[Assembled]) -> dict[str, Any]:
     """Every figure, for the JSON."""
     return {
-        "cases": {str(case): {**asdict(each), "opcodes": len(each.opcodes)} for case, each in found.items()},
+        "cases": {
+            str(case): {
+                "seconds": each.seconds,
+                "figures": each.figures,
+                "problems": each.problems,
+                "explained": each.explained,
+                "notes": each.notes,
+                "instructions": sum(each.opcodes.values()),
+            }
+            for case, each in found.items()
+        },
         "huge": {f"sm_{capability} {kernel}": lines for (capability, kernel), lines in far.items()},
         "assembled": {
             str(one.case): {"fused": one.fused, "again": one.again, "local": one.local}
