@@ -1,9 +1,9 @@
 """``python -m bench compiled``: every compiled kernel for every NVIDIA target, run without a GPU and compared
 with its specification.
 
-The PTX that Triton makes runs on an emulator (bench/ptx/README.md), through the launcher, on CPU tensors. What
-is checked is told in `bench.compiled.checks`. Beside it: tensors beyond 2**32 elements, whether the assembler
-changed arithmetic after the PTX, and the work of an element.
+The PTX that Triton makes runs on an emulator (bench/ptx/README.md), through the launcher, on CPU tensors.
+What is checked is told in `bench.compiled.checks`. Beside it: tensors beyond 2**32 elements, whether the
+assembler changed arithmetic after the PTX, and the work of an element.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def summary(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequen
         "fused later", "spill",
     ]  # fmt: skip
     notes = [
-        "Ulps: the largest distance from the specification, with approximate instructions off by what they may.",
+        "Ulps: the largest distance from the specification, approximate instructions off by what they may be.",
         "Codes: the largest share that is one away. Fused later, spill: builds.",
         "Not run here: AMD (compiled and disassembled by `bench audit`), caches, streams, copies, graphs.",
     ]

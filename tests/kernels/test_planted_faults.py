@@ -92,6 +92,29 @@ def test_a_dropped_barrier(kernel: str) -> None:
     assert all("no barrier between" in one for one in findings), findings
 
 
+CHANGES = {
+    "shfl.sync.bfly.b32": "shfl.sync.up.b32",
+    "cvt.rmi": "cvt.rpi",
+    "cvt.rn.f32.u32": "cvt.rn.f32.s32",
+    "max.f32": "min.f32",
+}
+
+
+@pytest.mark.parametrize("instruction", CHANGES)
+def test_another_instruction(instruction: str) -> None:
+    """Everywhere: no peak of a block, other codes, signed codes."""
+    finding = in_compiling_process(with_another, instruction)
+    assert "results" in finding, finding
+
+
+def with_another(instruction: str) -> str:
+    def edit(ptx: str) -> str:
+        assert instruction in ptx
+        return ptx.replace(instruction, CHANGES[instruction])
+
+    return found("8bit 128", edit=edit)
+
+
 # --- In the launch -------------------------------------------------------------------------------------
 
 
