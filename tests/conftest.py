@@ -2,8 +2,8 @@
 imported: also before torch imports it at some first step. The optimizer takes Triton for CPU tensors only
 while the variable is set, so tests see it only where they are about the kernels.
 
-With ``ADAMW_TRITON_COMPILED=sm_90`` nothing is interpreted, and every test of the optimizer and the kernels steps
-CPU tensors by what Triton compiles for that GPU, on an emulator (bench/ptx/README.md)."""
+With ``ADAMW_TRITON_COMPILED=sm_90`` nothing is interpreted, and every test of the optimizer and the kernels
+steps CPU tensors by what Triton compiles for that GPU, on an emulator (bench/ptx/README.md)."""
 
 import importlib
 import os

@@ -80,7 +80,7 @@ def summary(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequen
         "fused later", "spill",
     ]  # fmt: skip
     notes = [
-        "Ulps: the largest distance from the specification, approximate instructions off by what they may be.",
+        "Ulps: the largest distance from the specification, with inexact instructions as far off as may be.",
         "Codes: the largest share that is one away. Fused later, spill: builds.",
         "Not run here: AMD (compiled and disassembled by `bench audit`), caches, streams, copies, graphs.",
     ]

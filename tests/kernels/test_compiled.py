@@ -6,8 +6,12 @@ What is checked of each is told in `bench.compiled.checks`.
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,16 @@ from tests.compiling import in_compiling_process
 KERNELS = ("32bit", "32bit amsgrad", "8bit 128", "8bit 256")
 PAIRS = (("bf16", "bf16"), ("fp32", "fp16"), ("fp16", "bf16"))
 """Pairs that differ in code: of one width; narrower gradients; other conversions."""
+
+
+ROOT = Path(__file__).parents[2]
+OPTIMIZERS = {
+    "sm_75": "tests/optimizer/test_checkpoint.py::test_resuming_gives_the_same_bits",
+    "sm_80": "tests/optimizer/test_capturable.py::test_replays_count_and_see_learning_rates",
+    "sm_90": "tests/paging/test_bits.py::test_one_tensor_over_many_pages[5000-8bit]",
+    "sm_100": "tests/optimizer/test_compiled.py",
+}
+"""Tests of the optimizer's own: steps after loading, in graphs, over pages, beside plain torch."""
 
 
 def _builds() -> Iterator[object]:
@@ -28,7 +42,7 @@ def _builds() -> Iterator[object]:
                 yield pytest.param(kernel, param, grad, aligned, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("kernel", "param", "grad", "aligned"), _builds())
+@pytest.mark.parametrize(("kernel", "param", "grad", "aligned"), list(_builds()))
 def test_compiled_kernels_do_what_is_specified(kernel: str, param: str, grad: str, aligned: bool) -> None:
     """For every target."""
     found = in_compiling_process(checked, kernel, param, grad, aligned)
@@ -93,3 +107,17 @@ def huge(kernel: str) -> list[str]:
     from bench.compiled.problems import KERNELS
 
     return check_huge(90, KERNELS[kernel], torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OPTIMIZERS)
+def test_the_optimizer_on_compiled_kernels(target: str) -> None:
+    """``ADAMW_TRITON_COMPILED=sm_90 python -m pytest tests/optimizer`` does so with all of its tests."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= {"ADAMW_TRITON_COMPILED": target, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OPTIMIZERS[target]]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
