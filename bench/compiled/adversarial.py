@@ -34,7 +34,7 @@ def new_moments(before: Problem) -> tuple[Tensor, Tensor]:
         m, v = reference.decode_8bit(state, kernel.block)
     else:
         m, v = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-    reference._new_moments(m, v, before.grads[0], before.hyper[0, :7])
+    reference._new_moments(m, v, before.grads[0].clone(), before.hyper[0, :7])
     if kernel.amsgrad:
         v = torch.maximum(state["max_exp_avg_sq"], v)
     return m[:n], v[:n]
@@ -83,13 +83,16 @@ def check_adversarial(
     if not ours.untouched(before):
         problems.append("memory outside the tensors has changed")
     known = causes(before)
+    slack = torch.zeros(before.layout.numels)
     if not flush:
-        del known["subnormal v"]
+        # But a weight feels the rounding of such a v, of which one ulp is more than one of a float.
+        small = known.pop("subnormal v")
+        slack[small] = SMALLEST_NORMAL / new_moments(before)[1][small]
     explained: dict[str, int] = {}
     examples: dict[str, str] = {}
     label = f"adversarial eps={eps:g} step {step}"
     for name, (far, limit) in _differences(before, ours, expected).items():
-        bad = far > limit
+        bad = far > (limit + slack if name == "weight" else limit)
         if name in ("exp_avg_codes", "exp_avg_scales") and kernel.block:
             bad &= _comparable(name, before, ours, expected, known["lost element"])
         for cause, where in known.items():
