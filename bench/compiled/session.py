@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from triton import knobs
 
 import adamw_triton_kernels
 from adamw_triton_kernels import Update, launch
@@ -180,7 +179,7 @@ def compiled(capability: int, **settings: Any) -> Iterator[Session]:
     """
     from adamw_triton import batch
 
-    if launch.INTERPRETED or knobs.runtime.interpret:
+    if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled in this process")
     session = Session(capability, **settings)
     before = adamw_triton_kernels.update_for, batch.update_for, launch._compiled

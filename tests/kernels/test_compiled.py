@@ -6,6 +6,7 @@ What is checked of each is told in `bench.compiled.checks`.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,8 @@ OPTIMIZERS = {
     "sm_100": "tests/optimizer/test_compiled.py",
 }
 """Tests of the optimizer's own: steps after loading, in graphs, over pages, beside plain torch."""
+TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.pathsep)))
+"""Folders with other releases of Triton."""
 
 
 def _builds() -> Iterator[object]:
@@ -113,11 +116,35 @@ def huge(kernel: str) -> list[str]:
 @pytest.mark.parametrize("target", OPTIMIZERS)
 def test_the_optimizer_on_compiled_kernels(target: str) -> None:
     """``ADAMW_TRITON_COMPILED=sm_90 python -m pytest tests/optimizer`` does so with all of its tests."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {"ADAMW_TRITON_COMPILED": target, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OPTIMIZERS[target]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    printed = alone(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", OPTIMIZERS[target]], ADAMW_TRITON_COMPILED=target
+    )
+    assert " passed" in printed
+    assert " skipped" not in printed
+
+
+def alone(command: list[str], **environment: str) -> str:
+    """What a Python that does not interpret kernels prints."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    inherited.pop("TRITON_INTERPRET", None)
+    path = [environment.pop("before", ""), str(ROOT), str(ROOT / "kernels"), inherited.get("PYTHONPATH", "")]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=inherited | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITONS, reason="ADAMW_TRITON_TRITONS names no folder")
+@pytest.mark.parametrize("folder", TRITONS)
+def test_other_releases_of_triton(folder: str) -> None:
+    program = """
+import json
+from tests.kernels.test_compiled import checked
+builds = ("8bit 128", "bf16", "bf16", True), ("32bit", "fp32", "fp16", False)
+print(json.dumps([checked(*build) for build in builds]))
+"""
+    found = json.loads(alone(["-c", program], before=folder).splitlines()[-1])
+    assert not any(problems for of_build in found for problems in of_build.values()), found
