@@ -21,6 +21,7 @@ SUITES = {
     "convergence": "losses by seed, beside the noise of fp32 itself",
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
+    "compiled": "the compiled kernels on an emulator of PTX, beside their specification",
     "roofline": "projected, not measured: step times of GPUs from the audit",
 }
 PROOFS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.console import Console
 from triton import knobs
 
 from bench import report
+from bench.compiled.work import Work
+from bench.compiled.work import table as work_table
 from bench.machine_code.account import Account
 from bench.report import Cell, Table
 
@@ -43,24 +46,24 @@ def _accesses(account: Account, kind: str) -> str:
     return " ".join(f"{count}x{width}" for (of, width), count in accesses if of == kind)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Draw a table per vendor, and say of each case that misses a goal what it misses."""
-    for table in _matrices(rows):
+def show(rows: Sequence[Row], console: Console, counted: Sequence[Work] = ()) -> None:
+    """Draw a table per vendor, say of each case that misses a goal what it misses, and what was counted."""
+    for table in [*_matrices(rows), *([work_table(counted)] if counted else [])]:
         report.show(table, console)
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
+def write(rows: Sequence[Row], folder: Path, counted: Sequence[Work] = ()) -> None:
     """Write `audit.json`, every figure, and `audit.md`, the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     provenance = _provenance()
-    record = {**provenance, "rows": [_record(row) for row in rows]}
+    record = {**provenance, "rows": [_record(row) for row in rows], "work": [asdict(one) for one in counted]}
     (folder / "audit.json").write_text(json.dumps(record, indent=1) + "\n")
     used = ", ".join(f"{name} {value}" for name, value in provenance["versions"].items())
     head = (
         f"# Machine code of the kernels\n\nBy `python -m bench audit`, {provenance['date']}, with {used}:"
         " compiled, not run. What is counted is defined in `bench/machine_code/account.py`.\n"
     )
-    tables = [*_matrices(rows), *_details(rows)]
+    tables = [*_matrices(rows), *([work_table(counted)] if counted else []), *_details(rows)]
     (folder / "audit.md").write_text("\n".join([head, *map(report.markdown, tables)]))
 
 

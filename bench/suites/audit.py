@@ -20,6 +20,7 @@ from rich.progress import track
 from triton import knobs
 
 from bench import report
+from bench.compiled import work
 from bench.machine_code import report as audit_report
 from bench.machine_code.account import TARGETS, Account, account, compile_for
 from bench.machine_code.disassembly import Access
@@ -146,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not forked: the compilers keep threads.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         rows = list(track(pool.map(audit, chosen), "compiling", total=len(chosen), console=console))
-    audit_report.show(rows, console)
+    counted = list(work.count())
+    audit_report.show(rows, console, counted)
     out = arguments.out or (None if arguments.quick else RESULTS)
     if out is not None:
-        audit_report.write(rows, out)
+        audit_report.write(rows, out, counted)
         console.print(f"written to {out}")
     return int(any(row.missed for row in rows))
 

@@ -6,7 +6,7 @@ from adamw_triton_kernels import fusion
 
 
 @pytest.fixture(autouse=True)
-def backend() -> str:
+def backend(as_asked: bool) -> str:
     """The interpreter stays on: these tests are about the kernels."""
     return "triton"
 
