@@ -68,7 +68,7 @@ def _of_machine_code(kernel: Launcher) -> tuple[Counter[str], Counter[str]]:
     every = Counter(match[1] for match in _SASS.finditer(text))
     counts: Counter[str] = Counter()
     for opcode, count in every.items():
-        first = opcode.split(".")[0]
+        first = opcode.split(".")[0].removeprefix("U")  # of a warp's common numbers
         for group, names in _GROUPS.items():
             if first.removesuffix("2") in names:
                 counts[group] += count * (2 if first.endswith("2") else 1)
