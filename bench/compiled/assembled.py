@@ -54,7 +54,7 @@ def _of_ptx(kernel: Launcher) -> Counter[str]:
         family, kind = instruction.parts[0], instruction.parts[-1]
         group = next((name for name in _GROUPS if family in name.split(", ")), None)
         if group is not None and kind in ("f32", "f32x2", "bf16", "f16"):
-            counts[group + (" x2" if kind == "f32x2" else "")] += 1
+            counts[group] += 2 if kind == "f32x2" else 1  # which sm_120 has in PTX only
     return counts
 
 
@@ -68,8 +68,8 @@ def _of_machine_code(kernel: Launcher) -> tuple[Counter[str], Counter[str]]:
     every = Counter(match[1] for match in _SASS.finditer(text))
     counts: Counter[str] = Counter()
     for opcode, count in every.items():
-        first = opcode.split(".")[0]
+        first = opcode.split(".")[0].removeprefix("U")  # of a warp's common numbers
         for group, names in _GROUPS.items():
             if first.removesuffix("2") in names:
-                counts[group + (" x2" if first.endswith("2") else "")] += count
+                counts[group] += count * (2 if first.endswith("2") else 1)
     return counts, every
