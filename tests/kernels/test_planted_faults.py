@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adamw_triton_kernels import Hyper
 from tests.compiling import in_compiling_process
 
 KERNELS = ("32bit", "32bit amsgrad", "8bit 128", "8bit 256")
@@ -171,7 +172,7 @@ COLUMNS = {
     "tensors": ("offset", "elements", "first", "row"),
     "chunks": ("tensor", "chunk"),
     "addresses": ("params", "grads"),
-    "hyper": ("grad_scale", "lerp1", "lerp2", "inv_root_correction2", "eps", "step_size", "decay", "phase"),
+    "hyper": Hyper._fields,
 }
 UNUSED = {"32bit": {"tensors: first", "hyper: phase"}, "8bit 128": set[str]()}
 """A 32-bit state has no dither."""
