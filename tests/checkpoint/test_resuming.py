@@ -1,4 +1,4 @@
-"""Out of an optimizer and back, to the same bits: complex parameters, and memory orders that change."""
+"""Every way out of an optimizer and back, to the same bits: complex parameters, memory orders that change."""
 
 from __future__ import annotations
 
