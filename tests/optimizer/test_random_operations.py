@@ -387,7 +387,7 @@ def test_a_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for param in self.param_groups[0]["params"]:
             if param.grad is not None and param.numel():
                 faulty = param.data if fault == "weight" else self.state[param][fault]
-                faulty.mul_(1.01)
+                faulty.mul_(2.0 if fault == "step" else 1.01)
 
     monkeypatch.setattr(AdamW, "step", wrong)
     with pytest.raises(AssertionError, match="off by" if fault != "step" else ""):
