@@ -58,12 +58,14 @@ def _tile(
     mask = at < count if MASKED else None
     g = tl.load(grad + at, mask).to(tl.float32) * grad_scale
     p = tl.load(param + at, mask).to(tl.float32)
+    if AMSGRAD:  # with the others: later, it would cost registers that sm_86 does not have
+        largest = tl.load(max_exp_avg_sq + at, mask)
     m = mix(tl.load(exp_avg + at, mask), g, gap1)
     v = mix(tl.load(exp_avg_sq + at, mask), g * g, gap2)
     tl.store(exp_avg + at, m, mask)
     tl.store(exp_avg_sq + at, v, mask)
     if AMSGRAD:
-        v = tl.maximum(v, tl.load(max_exp_avg_sq + at, mask), propagate_nan=tl.PropagateNan.ALL)
+        v = tl.maximum(v, largest, propagate_nan=tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq + at, v, mask)
     p = new_weight(p, m, tl.sqrt(v), inv_root_correction2, eps, step_size, decay)
     tl.store(param + at, to_dtype(p, PARAM), mask)
