@@ -9,8 +9,8 @@ AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2.
 At the ends of fp32's range. An eps below 1.1e-19 counts as that (``work.SMALLEST_EPS``): no denominator is
 zero. A v below 1.2e-38 counts on GPUs as zero where its square root is taken: beside an eps below 1e-12 the
 weight changes by up to twice as much, and of 8-bit state the element has code 1. A v that overflows, of
-gradients above 1.8e19, is infinite and stops its weight: with 32-bit state for good (or as NaN, if beta2 is 0,
-as in torch), with 8-bit state for that step.
+gradients above 1.8e19, is infinite and stops its weight: with 32-bit state for good (or as NaN, if beta2 is
+0, as in torch), with 8-bit state for that step.
 
 The 8-bit state: a block of consecutive elements has two bf16 scales, S and R, and each element two codes:
 
