@@ -29,7 +29,8 @@ that is NaN has the codes 255 and 127.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def adamw_32bit(
     def step(run: Run, arrays: Arrays) -> None:
         update(run.param, run.grad, *[arrays[name][run.at] for name in names], numbers[run.row])
 
-    return _prepared(step, params, grads, state, layout, plain=(CHUNK, GATHERED), compiled=(WHOLE, GATHERED))
+    lengths = {"plain": (CHUNK, GATHERED), "compiled": (WHOLE, GATHERED)}
+    return _prepared(step, names, params, grads, state, layout, **lengths)
 
 
 @fused
@@ -102,12 +104,13 @@ def adamw_8bit(
         _put(p, weight)
         _encode(m, root_v, peaks, part, spans, phases[row])
 
-    chunks = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
-    return _prepared(step, params, grads, state, layout, **chunks)
+    lengths = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
+    return _prepared(step, block, params, grads, state, layout, **lengths)
 
 
 def _prepared(
     step: Callable[[Run, Arrays], None],
+    kind: Hashable,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state: Arrays,
@@ -116,10 +119,14 @@ def _prepared(
     plain: tuple[int, int],
     compiled: tuple[int, int],
 ) -> Call:
-    """``step`` on every run, as soon as it is called; ``plain``, ``compiled``: how long runs are, of one
-    tensor and of several."""
+    """``step`` on every run, as soon as it is called.
+
+    Args:
+        kind: tells apart steps that call other functions, or with other shapes for a run of one length.
+        plain, compiled: how long runs are, of one tensor and of several.
+    """
     if fusion.compiles() and params[0].is_cpu:
-        _rehearse(step, params, grads, state, layout, compiled)
+        _rehearse(step, kind, params, grads, state, layout, compiled)
     todo = runs(params, grads, layout, *(compiled if fusion.compiles() else plain))
 
     def update(arrays: Arrays) -> None:
@@ -130,27 +137,32 @@ def _prepared(
     return update
 
 
+_rehearsed: dict[Hashable, set[int]] = defaultdict(set)
+"""Lengths of runs, by all else that the code depends on."""
+
+
 def _rehearse(
     step: Callable[[Run, Arrays], None],
+    kind: Hashable,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state: Arrays,
     layout: Layout,
     lengths: tuple[int, int],
 ) -> None:
-    """Have all compiled that ``step`` calls. The code it needs depends on a run's length, and on nothing else
-    that a layout does not fix."""
-    key = ("rehearsed", params[0].dtype, grads[0].dtype, torch.get_num_threads())
+    """Have all compiled that ``step`` calls. The code it needs depends on its kind, on dtypes and on a run's
+    length: what another layout has rehearsed is not done again."""
+    key = ("rehearsed", kind, params[0].dtype, grads[0].dtype, torch.get_num_threads())
     if key in layout.tables:
         return
     arrays = {name: array.to("meta") for name, array in state.items()}
     ps, gs = ([tensor.to("meta") for tensor in tensors] for tensors in (params, grads))
-    seen: set[int] = set()
+    seen = _rehearsed[key]
     with fusion.rehearsal():
         for run in runs(ps, gs, layout, *lengths):
             if (length := run.at.stop - run.at.start) not in seen:
-                seen.add(length)
                 step(run, arrays)
+                seen.add(length)
     layout.tables[key] = True
 
 
