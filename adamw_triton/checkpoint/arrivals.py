@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.checkpoint.entries import Saved, flat_of, read
+from adamw_triton.overlaps import share_memory
 from adamw_triton.state.buffers import Slot
 from adamw_triton.state.formats import Float32, Moments, as_real, is_dense
 from adamw_triton_kernels.reference import LARGEST_ROOT
@@ -81,7 +82,7 @@ def _waiting(part: Tensor, target: Tensor, taken: Sequence[Tensor], given: bool)
     was made here waits on the host, for state may not fit a GPU twice."""
     if not given:
         return part.cpu()
-    if _same(target, part) or not any(_overlap(part, memory) for memory in taken):
+    if _same(target, part) or not any(share_memory(part, memory) for memory in taken):
         return part
     return part.clone()
 
@@ -130,10 +131,3 @@ def _in_order(real: Tensor, slot: Slot) -> bool:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two flat tensors are the same memory."""
     return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype is b.dtype
-
-
-def _overlap(flat: Tensor, other: Tensor) -> bool:
-    if flat.device != other.device:
-        return False
-    a, b = flat.data_ptr(), other.data_ptr()
-    return a < b + other.nbytes and b < a + flat.nbytes

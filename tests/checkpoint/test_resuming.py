@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,21 +12,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.checkpoint import files
-from tests.optimizer.problems import bits, parameters, state_bits, train
-
-
-def saved(optimizer: AdamW) -> dict[str, Any]:
-    """A state dict after a trip through a file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
-def copies(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone()) for p in params]
-
+from tests.optimizer.problems import bits, copies, parameters, saved, state_bits, train
 
 # --- What torch.save takes --------------------------------------------------------------------------------
 

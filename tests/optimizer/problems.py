@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,20 @@ def parameters(
 ) -> list[Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def copies(params: Sequence[Parameter]) -> list[Parameter]:
+    """Others of the same values."""
+    return [Parameter(p.detach().clone()) for p in params]
+
+
+def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict after a trip through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 def set_grads(params: Sequence[Tensor], step: int, scale: float = 1.0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -12,22 +11,9 @@ import torch
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
-from tests.optimizer.problems import DTYPES, bits, parameters, set_grads, state_bits, train
+from tests.optimizer.problems import DTYPES, bits, copies, parameters, saved, set_grads, state_bits, train
 
 VARIANTS = ("32bit", "8bit")
-
-
-def saved(optimizer: AdamW) -> dict[str, Any]:
-    """A state dict after a trip through a file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
-def copies(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone()) for p in params]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
