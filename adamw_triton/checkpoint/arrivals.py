@@ -13,7 +13,7 @@ from adamw_triton.checkpoint.entries import Saved, flat_of, read
 from adamw_triton.overlaps import share_memory
 from adamw_triton.state.buffers import Slot
 from adamw_triton.state.formats import Float32, Moments, as_real, is_dense
-from adamw_triton_kernels.reference import LARGEST_ROOT
+from adamw_triton_kernels.codes import LARGEST_ROOT
 
 LARGEST_V = LARGEST_ROOT**2
 """Beyond, a block of 8-bit state has no scale."""

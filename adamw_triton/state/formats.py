@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import codes
 
 Moments = dict[str, Tensor]
 """fp32 ``exp_avg`` and ``exp_avg_sq`` (and ``max_exp_avg_sq``), flat."""
@@ -51,7 +51,7 @@ class Float32:
 
 @dataclass(frozen=True)
 class Blockwise8:
-    """8-bit codes with two bf16 scales a block: 2 + 4/block bytes an element. See ``reference``."""
+    """8-bit codes with two bf16 scales a block: 2 + 4/block bytes an element. See ``codes``."""
 
     block: int = 128
 
@@ -72,10 +72,10 @@ class Blockwise8:
         )
 
     def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
-        reference.encode_8bit(moments["exp_avg"], moments["exp_avg_sq"], into, self.block)
+        codes.encode_8bit(moments["exp_avg"], moments["exp_avg_sq"], into, self.block)
 
     def decode(self, views: Mapping[str, Tensor]) -> Moments:
-        m, v = reference.decode_8bit(views, self.block)
+        m, v = codes.decode_8bit(views, self.block)
         return {"exp_avg": m, "exp_avg_sq": v}
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import codes, reference
 from bench.compiled.comparison import LIMITS, distance
 from bench.compiled.extremes import adversarial_8bit, adversarial_32bit
 from bench.compiled.problems import Kernel, Problem
@@ -31,10 +31,10 @@ def new_moments(before: Problem) -> tuple[Tensor, Tensor]:
     kernel, n = before.kernel, before.layout.numels[0]
     state = {name: before.of_tensors(array, before.per(name)) for name, array in before.state.items()}
     if kernel.block:
-        m, v = reference.decode_8bit(state, kernel.block)
+        m, v = codes.decode_8bit(state, kernel.block)
     else:
         m, v = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-    reference._new_moments(m, v, before.grads[0].clone(), before.hyper[0, :7])
+    reference._new_moments(m, v, before.grads[0].clone(), reference.Row.of_all(before.hyper)[0])
     if kernel.amsgrad:
         v = torch.maximum(state["max_exp_avg_sq"], v)
     return m[:n], v[:n]
@@ -52,7 +52,7 @@ def causes(before: Problem) -> dict[str, Tensor]:
     }
     if before.kernel.block:
         block, root = before.kernel.block, v.double().sqrt()
-        overflown = _any_of_block(root > reference.LARGEST_ROOT, block)
+        overflown = _any_of_block(root > codes.LARGEST_ROOT, block)
         scale = before.of_tensors(before.state["exp_avg_sq_scales"], block).double()
         found["beyond the scale"] = (
             overflown.repeat_interleave(block) & (scale > 0).repeat_interleave(block)

@@ -1,4 +1,4 @@
-"""The blockwise 8-bit code on one tile of blocks, in fp32. Plain torch: ``reference.py``.
+"""The blockwise 8-bit code on one tile of blocks, in fp32. Plain torch: ``codes.py``.
 
 Formulas and reasons stand there, beside the twins of these functions.
 """

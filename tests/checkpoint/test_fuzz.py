@@ -25,7 +25,7 @@ from adamw_triton import AdamW
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.conversion import FORMS
 from adamw_triton.cli import main
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import codes
 from tests.checkpoint import damage, release_0
 from tests.checkpoint.sources import HYPER, trained
 from tests.optimizer.problems import bits, parameters, set_grads, train
@@ -187,8 +187,8 @@ def encoded(
     bound = (1 - b1) / ((1 - b2) * (1 - b1**2 / b2)) ** 0.5
     into = {key: torch.zeros_like(like[key]).reshape(-1) for key in release_0.KEYS_8BIT - {"step"}}
     v = torch.maximum(v, (m / bound) ** 2)
-    reference.encode_8bit(m.reshape(-1), v.reshape(-1).clamp(max=reference.LARGEST_ROOT**2), into, 128)
-    m_there, v_there = reference.decode_8bit(into, 128)
+    codes.encode_8bit(m.reshape(-1), v.reshape(-1).clamp(max=codes.LARGEST_ROOT**2), into, 128)
+    m_there, v_there = codes.decode_8bit(into, 128)
     return m_there.view(m.shape), v_there.view(v.shape)
 
 

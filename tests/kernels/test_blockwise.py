@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adamw_triton_kernels import Hyper, Layout, hyper_table
-from adamw_triton_kernels.reference import (
-    COARSE,
-    TINY_RATIO,
-    TINY_SCALE,
-    adamw_8bit,
-    decode_8bit,
-    encode_8bit,
-)
+from adamw_triton_kernels.codes import COARSE, TINY_RATIO, TINY_SCALE, decode_8bit, encode_8bit
+from adamw_triton_kernels.reference import adamw_8bit
 from adamw_triton_kernels.work import DITHER_STEP
 
 ROUNDING = 1 + 1e-5  # of the fp32 arithmetic in between

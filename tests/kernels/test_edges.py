@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
-from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, hyper_table, reference
+from adamw_triton_kernels import Hyper, Layout, adamw_8bit, adamw_32bit, codes, hyper_table, reference
 from adamw_triton_kernels.work import SMALLEST_EPS, hyper_table_at
 
 LR = 1e-3
@@ -110,7 +110,7 @@ class Run:
         """m and v, float64."""
         state = {name: array.cpu() for name, array in self.state.items()}
         if self.bits == "8bit":
-            m, v = reference.decode_8bit(state, BLOCK)
+            m, v = codes.decode_8bit(state, BLOCK)
         else:
             m, v = state["exp_avg"], state["exp_avg_sq"]
         return m[: self.numel].double(), v[: self.numel].double()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
-from adamw_triton_kernels import Hyper, Layout, fusion, hyper_table, reference
+from adamw_triton_kernels import Hyper, Layout, codes, fusion, hyper_table, reference
 
 NUMELS = (100_001, 5000, 7, 128 * 40)
 
@@ -219,8 +219,10 @@ def test_all_is_compiled_before_anything_is_written(
 
     monkeypatch.setattr(fusion, "_Graph", Graph)
     monkeypatch.setattr(fusion, "PATIENCE", 0)
-    for name in ("_update", "_update_amsgrad", "_update_8bit", "_encode_v", "_encode_m"):  # forget all graphs
-        monkeypatch.setattr(reference, name, fusion.fused(getattr(reference, name).__wrapped__))
+    fused = {reference: ("_update", "_update_amsgrad", "_update_8bit"), codes: ("_encode_v", "_encode_m")}
+    for module, names in fused.items():  # forget all graphs
+        for name in names:
+            monkeypatch.setattr(module, name, fusion.fused(getattr(module, name).__wrapped__))
     monkeypatch.setattr(reference, "_rehearsed", defaultdict(set))
     problem.step(1)
     assert compiled

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
@@ -181,3 +186,43 @@ def test_every_element_is_in_one_run_with_its_own_state(
         run.param.add_(5000)
     assert seen == [offset + i for n, offset in zip(layout.numels, offsets, strict=True) for i in range(n)]
     assert all(p.tolist() == [5000 - g for g in grad.tolist()] for p, grad in zip(params, grads, strict=True))
+
+
+class Temporaries(TorchDispatchMode):
+    """Counts the bytes of memory that is made while it is entered, and kept."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for made in tree_leaves(outputs):
+            memory = made.untyped_storage() if isinstance(made, Tensor) else None
+            if memory is not None and memory._cdata not in self._known:
+                self._known.add(memory._cdata)
+                self._now += memory.nbytes()
+                self.most = max(self.most, self._now)
+                weakref.finalize(made, self._gone, memory._cdata, memory.nbytes())
+        return outputs
+
+    def _gone(self, memory: int, size: int) -> None:
+        self._known.remove(memory)
+        self._now -= size
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+@pytest.mark.parametrize("state_format", FORMATS, ids=str)
+def test_before_anything_is_written_there_was_room_for_all_temporaries(
+    state_format: Format, dtype: torch.dtype
+) -> None:
+    problem = Problem.of(state_format, dtype)
+    grads, hyper = gradients(1, dtype), hyper_table(hypers_at(1))
+    arguments = (problem.params, grads, problem.arrays, problem.layout, hyper)
+    prepare = getattr(reference, state_format.update).prepare
+    with Temporaries([*problem.params, *grads, *problem.arrays.values(), hyper]) as preparing:
+        call = prepare(*arguments)
+    with Temporaries([*problem.params, *grads, *problem.arrays.values(), hyper]) as updating:
+        call(problem.arrays)
+    assert 0 < updating.most <= preparing.most

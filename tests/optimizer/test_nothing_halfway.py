@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paged_8bit": {"transfer": "copy"},
 }
 FACTORIES = {"empty", "empty_strided", "empty_like", "new_empty", "new_zeros", "zeros", "zeros_like", "clone"}
+FACTORIES |= {"arange", "cat", "stack", "full", "ones"}
 
 
 class Failing(TorchDispatchMode):

@@ -37,6 +37,7 @@ KERNEL_ROOMS = [
     {"rounding"},
     {"__init__"},
     {"reference"},
+    {"codes"},
     {"fusion", "runs"},
     {"work", "tables"},
 ]
