@@ -90,6 +90,7 @@ def check_paging(variant: str, memory_budget: object, transfer: object) -> int |
 def check_group(group: dict[str, Any], default_bits: int, capturable: bool = False) -> None:
     """The hyperparameters of a parameter group; messages begin as torch.optim.AdamW's do. With ``capturable``
     those on a GPU are not read: that would wait for it."""
+    check_implementation(*(group.get(key) for key in ("fused", "foreach", "differentiable")))
     lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
     for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -135,7 +136,6 @@ def check_keys(group: Mapping[str, Any], group_index: int) -> None:
                 f"group {group_index} has a key {key!r}, which changes nothing: was {meant[0]!r} meant?",
                 stacklevel=3,
             )
-    check_implementation(*(group.get(key) for key in ("fused", "foreach", "differentiable")))
 
 
 def check_capture(capturable: bool, found_inf: Tensor | None) -> None:

@@ -87,17 +87,27 @@ class Reservations:
         if not self._chooser.decided and not stateful_only:
             self._chooser.decide(groups, state)
             self.store.policy = self._chooser.policy
+        plan, policy = self._chooser.plan, self.store.policy
+        try:
+            self._reserve(groups, state, stateful_only)
+        except BaseException:
+            self._chooser.return_to(plan)
+            self.store.policy = policy
+            raise
+        self._formats = _formats(groups)
+        self._batches.clear()  # what they used is free
+        self._generation = self.store.generation
+
+    def _reserve(self, groups: Groups, state: State, stateful_only: bool) -> None:
+        """By another choice if need be."""
         while True:
             try:
                 self.store.reserve(self._wanted(groups, state, stateful_only), state)
-                break
+                return
             except torch.OutOfMemoryError:
                 if not self._chooser.retreat():
                     raise
                 self.store.policy = self._chooser.policy
-        self._formats = _formats(groups)
-        self._batches.clear()  # what they used is free
-        self._generation = self.store.generation
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""

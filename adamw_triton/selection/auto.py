@@ -57,6 +57,9 @@ class Chooser(Protocol):
     def retreat(self) -> bool:
         """After what was decided ran out of memory: decide otherwise; False if there is no other way."""
 
+    def return_to(self, plan: Plan | None) -> None:
+        """After no other way led anywhere, to what was decided before."""
+
     def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None:
         """Be given methods of the optimizer, which is kept only weakly."""
 
@@ -79,6 +82,8 @@ class Fixed:
 
     def retreat(self) -> bool:
         return False
+
+    def return_to(self, plan: Plan | None) -> None: ...
 
     def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None: ...
 
@@ -191,6 +196,9 @@ class Auto:
             watch.owed = 0  # the other choice is the answer
         _log.warning("auto: %s ran out of memory; %s is used", failed.name, plan.chosen.name)
         return True
+
+    def return_to(self, plan: Plan | None) -> None:
+        self.plan = plan
 
     def attach(self, held: Held, spill: Spill, unspill: Unspill) -> None:
         self._ours = Ours(weakref.WeakMethod(held), weakref.WeakMethod(spill), weakref.WeakMethod(unspill))

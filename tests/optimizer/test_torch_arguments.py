@@ -52,6 +52,11 @@ def test_what_nobody_could_honour_is_refused(arguments: dict[str, Any], message:
         AdamW(parameters(), **arguments)
     with pytest.raises(ValueError, match=message):
         AdamW([{"params": parameters(), **arguments}])
+    optimizer = AdamW(parameters())
+    optimizer.param_groups[0].update(arguments)
+    with pytest.raises(ValueError, match=message):
+        train(optimizer, 1)
+    assert bits(optimizer.param_groups[0]["params"]) == bits(parameters())
 
 
 @pytest.mark.parametrize("key", ["variant", "memory_budget", "transfer", "block_size"])

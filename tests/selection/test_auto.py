@@ -251,6 +251,40 @@ def test_a_choice_that_runs_out_of_memory_is_followed_by_the_next(
     assert said == ["auto: 32bit ran out of memory; 8bit is used"]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_where_every_choice_runs_out_of_memory_the_first_one_stays(
+    loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step may find room again, and shall not be left with the last resort for ever."""
+    simulated = SimulatedGpu(40 * MiB, 4 * MiB)
+    install(monkeypatch, simulated)
+    optimizer, named = optimizer_on(simulated), AdamW(parameters(SHAPES), variant="32bit")
+    other = AdamW(parameters(SHAPES), variant="32bit", amsgrad=True)  # which wants memory of its own
+    simulated.forward(MiB)
+    train(other, 1)
+    train(named, 2)
+    train(optimizer, int(loaded))
+
+    def allocate(self: StateBuffer) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    def use() -> None:
+        if loaded:
+            optimizer.load_state_dict(other.state_dict())
+        else:
+            train(optimizer, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateBuffer, "_allocate", allocate)
+        with pytest.raises(torch.OutOfMemoryError):
+            use()
+    assert optimizer.plan is not None
+    assert optimizer.plan.chosen is not None
+    assert optimizer.plan.chosen.name == "32bit"
+    train(optimizer, 2 - loaded, first=1 + loaded)
+    assert state_bits(optimizer) == state_bits(named)
+
+
 def test_where_nothing_fits_the_last_resort_is_tried_and_said_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
