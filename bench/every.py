@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import children, report
-from bench.__main__ import SUITES
+from bench.commands import SUITES
 from bench.report import Cell, Table
 
 QUICK_FOLDER = Path("build") / "bench-quick"

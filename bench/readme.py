@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import report
-from bench.__main__ import PROOFS, SUITES
+from bench.commands import PROOFS, SUITES
 
 HEAD = """# The bench
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -21,9 +21,6 @@ from triton.runtime.cache import get_cache_manager
 from bench.ptx.program import PtxError
 from bench.ptx.warps import WARP
 
-if TYPE_CHECKING:
-    from bench.compiled.session import Session
-
 _REGISTERS, _SHARED = 65536, 64 << 10
 """Of a multiprocessor, and bytes a program may take on the smallest of all GPUs, sm_75."""
 _LOADED = (1, 2, 32, 0, 1024)[: 5 if "n_max_threads" in CompiledKernel._init_handles.__code__.co_names else 4]
@@ -32,12 +29,20 @@ _SCRATCH = 2
 """Parameters that Triton adds: memory that these kernels do not ask for."""
 
 
+class Runs(Protocol):
+    """What takes the launches: a `session.Session`."""
+
+    capability: int
+
+    def run(self, kernel: Launcher, programs: int, arguments: list[Any]) -> None: ...
+
+
 class Driver:
     """What Triton asks of a driver."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, WARP)
-        self.session: Session | None = None
+        self.session: Runs | None = None
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {
                 "max_shared_mem": _SHARED, "warpSize": WARP, "max_num_regs": _REGISTERS,
@@ -115,7 +120,7 @@ def _kept(metadata: Any, kind: str) -> bytes:
 
 
 @contextlib.contextmanager
-def running(session: Session) -> Iterator[None]:
+def running(session: Runs) -> Iterator[None]:
     """Within, kernels that are launched on CPU tensors are ``session``'s."""
     ours = _drivers.setdefault(session.capability, Driver(session.capability))
     outer = _active[-1] if _active else None

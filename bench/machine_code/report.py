@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from triton import knobs
@@ -18,10 +18,8 @@ from bench import report
 from bench.compiled.work import Work
 from bench.compiled.work import table as work_table
 from bench.machine_code.account import Account
+from bench.machine_code.cases import Row
 from bench.report import Cell, Table
-
-if TYPE_CHECKING:
-    from bench.suites.audit import Row
 
 VENDORS = {"NVIDIA": "sm_", "AMD": "gfx"}
 READING = (

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from bench import report
 from bench.compiled import work
 from bench.machine_code import report as audit_report
 from bench.machine_code.account import TARGETS, Account, account, compile_for
+from bench.machine_code.cases import Case, Row
 from bench.machine_code.disassembly import Access
 from bench.machine_code.kernels import DTYPES, KERNELS
 
@@ -31,42 +31,6 @@ PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16")]
 GOAL_TARGET, GOAL_PAIR = "sm_90", ("bf16", "bf16")
 QUICK_TARGETS, QUICK_PAIRS = ["sm_90", "gfx942"], [GOAL_PAIR]
 WIDEST = 128  # bits that one thread moves with one instruction
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel for one target. Names only, so that it travels between processes."""
-
-    kernel: str
-    params: str
-    grads: str
-    target: str
-
-    @property
-    def label(self) -> str:
-        """The kernel and its types, for a table."""
-        return f"{self.kernel} {self.params}/{self.grads}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one case: an account, or the reason why there is none."""
-
-    case: Case
-    judged: bool  # ours; a peer stands beside for comparison
-    account: Account | None = None
-    failure: str | None = None
-    misses: tuple[str, ...] = ()
-
-    @property
-    def missed(self) -> bool:
-        """Whether a goal is missed: a peer has none."""
-        return self.judged and bool(self.failure or self.misses)
-
-    @property
-    def verdict(self) -> str:
-        """One phrase for a table."""
-        return self.failure or "; ".join(self.misses) or ("ok" if self.judged else "peer")
 
 
 def cases(pairs: Sequence[tuple[str, str]] = PAIRS, targets: Sequence[str] = tuple(TARGETS)) -> list[Case]:

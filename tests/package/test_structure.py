@@ -87,6 +87,14 @@ def test_imports_go_one_way(folder: str, package: str, rooms: list[set[str]]) ->
                 assert level(rooms, here) < level(rooms, there), f"{here} imports {there}"
 
 
+def test_no_imports_of_the_measurements_go_in_a_circle() -> None:
+    here = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules("bench")}
+    below = {name: {found for found in imports(path) if found in here} for name, path in here.items()}
+    while free := {name for name, found in below.items() if not found & below.keys()}:
+        below = {name: found for name, found in below.items() if name not in free}
+    assert not below
+
+
 def test_kernels_know_nothing_of_the_optimizer() -> None:
     for path in modules("kernels"):
         assert not {name for name in imports(path) if name.split(".")[0] == "adamw_triton"}, path
