@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from adamw_triton import AdamW
 from adamw_triton.arguments import VARIANTS
+from tests import gradients
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
 SHAPES = ((70, 70), (40, 30), (3,))
@@ -38,8 +39,9 @@ def _data(change: Callable[[Tensor], Tensor]) -> Callable[[AdamW, Tensor], None]
 
 def _gradient(change: Callable[[Tensor], Tensor]) -> Callable[[AdamW, Tensor], None]:
     def spoil(optimizer: AdamW, p: Tensor) -> None:
-        p.grad_dtype = None
-        p.grad = change(torch.ones_like(p))
+        grad = change(torch.ones_like(p))
+        gradients.allow(p, grad.dtype)
+        p.grad = grad
 
     return spoil
 
