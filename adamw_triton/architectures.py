@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from adamw_triton.models.architecture import Architecture, CannotBuildError
-from adamw_triton.models.config import LIMITS
+from adamw_triton.models.architecture import Architecture, CannotBuildError, MissingLibraryError
+from adamw_triton.models.config import LIMITS, SIZES
 from adamw_triton.models.weights import Weight
 
 _NOT_TO_BUILD = ("auto_map", "attn_implementation", "_attn_implementation", "use_pretrained_backbone")
@@ -25,7 +25,8 @@ _OFFLINE = "HF_HUB_OFFLINE"
 
 
 def build(config: Mapping[str, Any], dtype: str) -> Architecture:
-    """A ``models.architecture.Build``: what the class that the config names has as parameters.
+    """A ``models.architecture.Build``: what the class that the config names has as parameters. Sizes that the
+    config leaves out are the class's defaults.
 
     Raises:
         CannotBuildError: transformers is not installed, does not know the architecture or refuses the config.
@@ -34,7 +35,7 @@ def build(config: Mapping[str, Any], dtype: str) -> Architecture:
         try:
             import transformers
         except ImportError:
-            raise CannotBuildError("transformers is not installed") from None
+            raise MissingLibraryError("transformers") from None
         except Exception as error:
             raise CannotBuildError(f"transformers cannot be imported: {_first_line(error)}") from None
         name = f"transformers {transformers.__version__}"
@@ -70,7 +71,24 @@ def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
     inner = settings.get_text_config()
     sizes = {key: getattr(inner, key, None) for key in LIMITS}
     sizes["is_encoder_decoder"] = getattr(settings, "is_encoder_decoder", False)
-    return Architecture(weights, f"{name} as {type(model).__name__}", sizes)
+    defaults = " and ".join(_defaults(config, inner))
+    by = f"{name} as {type(model).__name__}{f', with its default {defaults}' if defaults else ''}"
+    return Architecture(weights, by, sizes)
+
+
+def _defaults(config: Mapping[str, Any], settings: Any) -> list[str]:
+    """The sizes of the language model that the config leaves to its class, each with its value."""
+    with contextlib.suppress(Exception):  # a class may have none for what it cannot do without
+        usual = type(settings)()
+        said = {key for part in (config, *config.values()) if isinstance(part, Mapping) for key in part}
+        return [
+            f"{key} {value:,}"
+            for key in SIZES
+            if isinstance(value := getattr(settings, key, None), int)
+            and value == getattr(usual, key, None)
+            and not {key, settings.attribute_map.get(key)} & said
+        ]
+    return []
 
 
 def _class_of(config: Mapping[str, Any], settings: Any, name: str) -> Any:

@@ -209,19 +209,32 @@ def find_models(arguments: argparse.Namespace) -> Sequence[Model]:
 
 
 def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
-    """What is held in 4 bits already stays so."""
+    """What is held in 4 bits already stays so; of other codes there is no plan but one for such a base.
+
+    Raises:
+        ValueError: codes are to be trained themselves.
+    """
     from adamw_triton.models.finetuning import DTYPES, Run
 
-    if model.quantized and arguments.lora is None:
+    in_4_bits = arguments.quantized_base is not None
+    if model.quantized is not None and model.quantized.is_4bit_base:
+        in_4_bits = True
+        if arguments.lora is None:
+            raise ValueError(
+                f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give "
+                "--lora RANK, or name a folder of the model in 16 or 32 bits"
+            )
+    elif model.quantized is not None and not in_4_bits:
         raise ValueError(
-            f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give --lora "
-            "RANK, or name a folder of the model in 16 or 32 bits"
+            f"{model.name} is quantized, in {model.quantized.format}: such weights cannot be trained. Give "
+            "--lora RANK --quantized-base 4, which plans for holding it in 4 bits (NF4), or name a folder of "
+            "the model in 16 or 32 bits"
         )
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
         rank=arguments.lora,
         targets=arguments.lora_targets,
-        quantized=model.quantized or arguments.quantized_base is not None,
+        quantized=in_4_bits,
     )
 
 
