@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from adamw_triton.models.architecture import Architecture, CannotBuildError, MissingLibraryError
-from adamw_triton.models.config import LIMITS, SIZES
+from adamw_triton.models.config import LIMITS, SIZES, check_sizes
 from adamw_triton.models.weights import Weight
 
 _NOT_TO_BUILD = ("auto_map", "attn_implementation", "_attn_implementation", "use_pretrained_backbone")
@@ -71,24 +71,23 @@ def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
     inner = settings.get_text_config()
     sizes = {key: getattr(inner, key, None) for key in LIMITS}
     sizes["is_encoder_decoder"] = getattr(settings, "is_encoder_decoder", False)
-    defaults = " and ".join(_defaults(config, inner))
-    by = f"{name} as {type(model).__name__}{f', with its default {defaults}' if defaults else ''}"
-    return Architecture(weights, by, sizes)
+    return Architecture(weights, f"{name} as {type(model).__name__}{_defaults(config, inner)}", sizes)
 
 
-def _defaults(config: Mapping[str, Any], settings: Any) -> list[str]:
-    """The sizes of the language model that the config leaves to its class, each with its value."""
+def _defaults(config: Mapping[str, Any], settings: Any) -> str:
+    """Which sizes of the language model the config leaves to its class, as the end of a sentence."""
+    said = {key for part in (config, *config.values()) if isinstance(part, Mapping) for key in part}
+    found = []
     with contextlib.suppress(Exception):  # a class may have none for what it cannot do without
         usual = type(settings)()
-        said = {key for part in (config, *config.values()) if isinstance(part, Mapping) for key in part}
-        return [
-            f"{key} {value:,}"
-            for key in SIZES
-            if isinstance(value := getattr(settings, key, None), int)
-            and value == getattr(usual, key, None)
-            and not {key, settings.attribute_map.get(key)} & said
-        ]
-    return []
+        for key in SIZES:
+            value = getattr(settings, key, None)
+            unsaid = not {key, settings.attribute_map.get(key)} & said
+            if unsaid and isinstance(value, int) and value == getattr(usual, key, None):
+                found.append(f"{key} {value:,}")
+    if found or not check_sizes(config):
+        return ", by its defaults" + f" ({', '.join(found)})" * bool(found)
+    return ""
 
 
 def _class_of(config: Mapping[str, Any], settings: Any, name: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+FEWEST = 1000
+"""Parameters; whoever writes fewer has left out a unit."""
 LARGEST_RANK = 1 << 16
 LARGEST_BATCH = 1 << 24
 
@@ -182,15 +186,17 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: it is none, or absurd.
     """
-    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-    unit = units.get(text[-1:].lower(), 1)
-    try:
-        count = float(text[:-1] if unit > 1 else text) * unit
-    except ValueError:
-        count = math.nan
-    if not 1 <= count <= LARGEST:
-        raise ValueError(f"--params must be a number from 1 to {LARGEST:.0e}, like 7e9 or 7B, not {text!r}")
-    return int(count)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(e\+?\d{1,3})?\s*([kmbt]?)\s*", text, re.IGNORECASE | re.ASCII)
+    count = Decimal(0)
+    if found:
+        count = Decimal(found[1] + (found[2] or "")) * UNITS[found[3].lower()]
+    if FEWEST <= count <= LARGEST and count == int(count):
+        return int(count)
+    bare = 0 < count < FEWEST and found and not any(found.groups()[1:])
+    raise ValueError(
+        f"--params must be a number from {FEWEST:,} to {LARGEST:.0e}, and whole, like 7e9, 1.5B or 350M, not "
+        f"{text!r}" + f"; did you mean '{text.strip()}B'?" * bool(bare)
+    )
 
 
 def find_models(arguments: argparse.Namespace) -> Sequence[Model]:

@@ -103,7 +103,8 @@ def weights_of(config: Mapping[str, Any], dtype: str) -> list[Weight]:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UntoldError(
-            f"the weights of model_type {name!r:.60} cannot be told from config.json", ", ".join(FAMILIES)
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone",
+            ", ".join(FAMILIES),
         )
     family = FAMILIES[name]
     for key, value in family.alike.items():

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamw_triton.models import elsewhere, quantized, stored
-from adamw_triton.models.architecture import Architecture, Build, CannotBuildError, MissingLibraryError, unknown
+from adamw_triton.models.architecture import (
+    Architecture,
+    Build,
+    CannotBuildError,
+    MissingLibraryError,
+    unknown,
+)
 from adamw_triton.models.config import Dimensions, check_sizes, language_part, read_dimensions, read_dtype
 from adamw_triton.models.families import FAMILIES, UntoldError, weights_of
 from adamw_triton.models.headers import read_header, read_shards
@@ -144,7 +150,7 @@ def _build(config: Mapping[str, Any], dtype: str, held: Sequence[Weight], build:
     built = build(config, dtype)
     difference = _difference(built.weights, held)
     if difference and not sized:
-        raise CannotBuildError(f"config.json names no sizes: {built.by}, is another model")
+        raise CannotBuildError(f"config.json names no sizes, and what {built.by} makes is another model")
     return built._replace(by=built.by + difference)
 
 
@@ -162,16 +168,15 @@ def _told(
         missing = asked.library if isinstance(asked, MissingLibraryError) else ""
         why = [str(asked)]
         if error.known and (missing or not str(asked)):
-            why.append(f"without {missing or 'transformers'} only {error.known} are known")
+            why.append(f"without {'it' if missing else 'transformers'} only {error.known} are known")
         if not check_sizes(config):
             why.append("config.json names no sizes")
         ways = [error.way, f"install {missing}" if missing else ""]
         if packed is None:
             ways.append("put its safetensors files beside it")
-        *ways, last = filter(None, [*ways, "give --params instead"])
-        raise ModelFileError(
-            f"{error} ({', and '.join(filter(None, why))}): {', '.join(ways)}{' or ' if ways else ''}{last}"
-        ) from None
+        ways = [*filter(None, ways), "give --params instead"]
+        said = f" ({'; '.join(filter(None, why))})" if any(why) else ""
+        raise ModelFileError(f"{error}{said}: {', or '.join(ways)}") from None
 
 
 def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
@@ -184,7 +189,7 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
 
 
 def _dtype(held: Sequence[Weight], packed: bool) -> str | None:
-    """That most of the floating point numbers have; beside codes, which may be floats of 8 bits, of 16 or 32."""
+    """That most of the floating point numbers have; beside codes, of more than 8 bits."""
     counts: dict[str, int] = {}
     for weight in held:
         if stored.is_floating(weight) and not (packed and weight.dtype.startswith("F8")):

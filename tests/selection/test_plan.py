@@ -158,7 +158,7 @@ def test_text_means_the_same_as_on_the_command_line(
         here: object = adamw_triton.plan(PARAM, text, "1GiB", activations=0).limits[0]._asdict()["device"]
     except ValueError as error:
         here = str(error).replace("gpu_memory", "--gpu")
-    code = main(["plan", "--params", "10", f"--gpu={text}", "--host-memory", "1GiB", "--json"])
+    code = main(["plan", "--params", "1000", f"--gpu={text}", "--host-memory", "1GiB", "--json"])
     output = capsys.readouterr()
     if code == 2:
         assert output.err == f"adamw-triton plan: {here}\n"
