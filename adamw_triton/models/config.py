@@ -87,9 +87,10 @@ def check_sizes(config: Mapping[str, Any]) -> bool:
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key, value in part.items():
             limit = LIMITS["num_hidden_layers"] if _LAYERS.search(key) else _LIMITS.get(key)
-            if limit is None or type(value) is not int:
+            counts = value if isinstance(value, list) else [value]  # of vision's stages, one each
+            if limit is None or not counts or not all(type(count) is int for count in counts):
                 continue
-            if not (key in SIZES) <= value <= limit:
+            if not all((key in SIZES) <= count <= limit for count in counts):
                 raise _absurd(key, value, limit)
             found = True
     return found

@@ -28,7 +28,7 @@ _TENSORS = {
 """What only such files have: the end of a tensor's name."""
 _ANY = re.compile("|".join(_TENSORS))
 
-_CODES = re.compile(r"[UI](8|16|32)|F[46]_?\w*")
+_CODES = re.compile(r"[UI](8|16|32)|F4|F6_\w+")
 _FEW = 4096
 """Elements; buffers of whole numbers (positions, indices) may have as many."""
 
@@ -57,7 +57,7 @@ def find(config: Mapping[str, Any], stored: Sequence[Weight]) -> Quantized | Non
         return Quantized(_format(described))
     for weight in stored:
         if _CODES.fullmatch(weight.dtype) and len(weight.shape) > 1 and weight.numel > _FEW:
-            return Quantized(f"codes of an unknown format ({weight.name!r} is {weight.dtype})")
+            return Quantized(f"an unknown format ({weight.name!r} is {weight.dtype})")
     return None
 
 

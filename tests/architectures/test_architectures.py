@@ -142,6 +142,7 @@ def test_what_cannot_be_built_is_said(case: str, tmp_path: Path) -> None:
         ({"num_labels": 10**12}, "num_labels=1000000000000"),
         ({"text_config": {"num_layers": 10**9}}, "num_layers=1000000000"),
         ({"vision_config": {"depth": 10**9}}, "depth=1000000000"),
+        ({"depths": [2, 10**9]}, r"depths=\[2, 1000000000\]"),
     ],
 )
 def test_absurd_sizes_are_refused_before_anybody_builds_them(
@@ -153,9 +154,8 @@ def test_absurd_sizes_are_refused_before_anybody_builds_them(
 
 @pytest.mark.parametrize("kind", ["llama", "clip", "t5", "gpt2", "vit", "resnet", "whisper", "mamba"])
 def test_sizes_that_a_config_leaves_out_are_the_defaults_and_that_is_said(kind: str, tmp_path: Path) -> None:
-    settings = transformers.CONFIG_MAPPING[kind]()
-    with torch.device("meta"):
-        right = build({"model_type": kind, **settings.to_dict()}, "F32")
+    whole = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    right = build(whole, "F32")
     model = read_model(write_config(tmp_path, {"model_type": kind}), build)
     assert total(model) == sum(weight.numel for weight in right.weights)
     assert ", by its defaults" in model.counted

@@ -135,3 +135,17 @@ BUFFERS: Tensors = {
 def test_buffers_of_whole_numbers_are_no_codes(tmp_path: Path) -> None:
     model = read_model(write_folder(tmp_path, None, BUFFERS))
     assert [weight.name for weight in model.weights] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3"])
+def test_numbers_of_any_width_are_no_codes(dtype: str, tmp_path: Path) -> None:
+    """Of F8 only scales beside them tell."""
+    plain: Tensors = {f"{Q}.weight": (dtype, (128, 64))}
+    assert read_model(write_folder(tmp_path, None, plain)).quantized is None
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "U8", "I32"])
+def test_what_nobody_computes_in_is_codes(dtype: str, tmp_path: Path) -> None:
+    packed = read_model(write_folder(tmp_path, LLAMA, {f"{Q}.weight": (dtype, (128, 64))})).quantized
+    assert packed is not None
+    assert packed.format == f"an unknown format ('{Q}.weight' is {dtype})"
