@@ -1,4 +1,4 @@
-"""How long a rank waits for others, whatever optimizers it has: by a clock that passes when somebody sleeps."""
+"""How long a rank waits for others, whatever optimizers it has; by a clock that passes while it sleeps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def waits(job: Job, clock: Clock, monkeypatch: pytest.MonkeyPatch, order: str) -
         first = plan.candidates
         for rank in range(1, job.world) if kind in "bl" else ():
             meeting = ranks._Meeting.of(asked, "settings", rank)
-            meeting.come(Share("a", plan.host_room, (0,) * len(first), ("",) * len(first), rank))
+            meeting.come(ranks.Share("a", plan.host_room, (0,) * len(first), ("",) * len(first), rank))
         if kind == "l":
             meeting.decided(ranks.Outcome(("",) * len(first), 32, tuple(range(1, job.world))))
         begin = clock.now
