@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from adamw_triton.models.architecture import Architecture, CannotBuildError
-from adamw_triton.models.config import LIMITS
+from adamw_triton.models.architecture import Architecture, CannotBuildError, MissingLibraryError
+from adamw_triton.models.config import LIMITS, SIZES, check_sizes
 from adamw_triton.models.weights import Weight
 
 _NOT_TO_BUILD = ("auto_map", "attn_implementation", "_attn_implementation", "use_pretrained_backbone")
@@ -25,7 +25,8 @@ _OFFLINE = "HF_HUB_OFFLINE"
 
 
 def build(config: Mapping[str, Any], dtype: str) -> Architecture:
-    """A ``models.architecture.Build``: what the class that the config names has as parameters.
+    """A ``models.architecture.Build``: what the class that the config names has as parameters. Sizes that the
+    config leaves out are the class's defaults.
 
     Raises:
         CannotBuildError: transformers is not installed, does not know the architecture or refuses the config.
@@ -34,7 +35,7 @@ def build(config: Mapping[str, Any], dtype: str) -> Architecture:
         try:
             import transformers
         except ImportError:
-            raise CannotBuildError("transformers is not installed") from None
+            raise MissingLibraryError("transformers") from None
         except Exception as error:
             raise CannotBuildError(f"transformers cannot be imported: {_first_line(error)}") from None
         name = f"transformers {transformers.__version__}"
@@ -70,7 +71,23 @@ def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
     inner = settings.get_text_config()
     sizes = {key: getattr(inner, key, None) for key in LIMITS}
     sizes["is_encoder_decoder"] = getattr(settings, "is_encoder_decoder", False)
-    return Architecture(weights, f"{name} as {type(model).__name__}", sizes)
+    return Architecture(weights, f"{name} as {type(model).__name__}{_defaults(config, inner)}", sizes)
+
+
+def _defaults(config: Mapping[str, Any], settings: Any) -> str:
+    """Which sizes of the language model the config leaves to its class, as the end of a sentence."""
+    said = {key for part in (config, *config.values()) if isinstance(part, Mapping) for key in part}
+    found = []
+    with contextlib.suppress(Exception):  # a class may have none for what it cannot do without
+        usual = type(settings)()
+        for key in SIZES:
+            value = getattr(settings, key, None)
+            unsaid = not {key, settings.attribute_map.get(key)} & said
+            if unsaid and isinstance(value, int) and value == getattr(usual, key, None):
+                found.append(f"{key} {value:,}")
+    if found or not check_sizes(config):
+        return ", by its defaults" + f" ({', '.join(found)})" * bool(found)
+    return ""
 
 
 def _class_of(config: Mapping[str, Any], settings: Any, name: str) -> Any:

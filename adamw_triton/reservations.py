@@ -67,13 +67,17 @@ class Reservations:
 
     def rehearse(self, groups: Groups, state: State, grads: Sequence[Tensor]) -> bool:
         """Whether the step that begins is none: it comes before it is decided what places there are, and
-        there are no gradients, or they and all learning rates are zero. torch.distributed.checkpoint takes
-        such a step to see what state there will be: it is shown, without a place or a step counted."""
+        there are no gradients; or there is no state yet, and they and all learning rates are zero.
+        torch.distributed.checkpoint takes one such step to see what state there will be: it is shown, without
+        a place or a step counted. Any other counts and decides, the next one of zeros too.
+
+        Where a warm-up begins with a learning rate of zero, a rank that also has no gradients but zeros is
+        not told from that: it counts one step less than the others, and follows what they decide."""
         if self._chooser.decided:
             return False
         if not grads:
             return True
-        if not all(map(_stands_still, groups)) or tables.capturing() or not any(g.numel() for g in grads):
+        if state or not all(map(_stands_still, groups)):
             return False
         if any(grad.any() for grad in grads):  # the host waits for them
             return False

@@ -136,7 +136,8 @@ def _load_torch(path: Path) -> Any:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines and not isinstance(error, pickle.UnpicklingError) else type(error).__name__
+    told = bool(lines) and not isinstance(error, pickle.UnpicklingError | LookupError)
+    reason = lines[0] if told else type(error).__name__
     return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reason}")
 
 

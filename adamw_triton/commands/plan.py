@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+FEWEST = 1000
+"""Parameters; whoever writes fewer has left out a unit."""
 LARGEST_RANK = 1 << 16
 LARGEST_BATCH = 1 << 24
 
@@ -182,15 +186,17 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: it is none, or absurd.
     """
-    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-    unit = units.get(text[-1:].lower(), 1)
-    try:
-        count = float(text[:-1] if unit > 1 else text) * unit
-    except ValueError:
-        count = math.nan
-    if not 1 <= count <= LARGEST:
-        raise ValueError(f"--params must be a number from 1 to {LARGEST:.0e}, like 7e9 or 7B, not {text!r}")
-    return int(count)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(e\+?\d{1,3})?\s*([kmbt]?)\s*", text, re.IGNORECASE | re.ASCII)
+    count = Decimal(0)
+    if found:
+        count = Decimal(found[1] + (found[2] or "")) * UNITS[found[3].lower()]
+    if FEWEST <= count <= LARGEST and count == int(count):
+        return int(count)
+    bare = 0 < count < FEWEST and found and not any(found.groups()[1:])
+    raise ValueError(
+        f"--params must be a number from {FEWEST:,} to {LARGEST:.0e}, and whole, like 7e9, 1.5B or 350M, not "
+        f"{text!r}" + f"; did you mean '{text.strip()}B'?" * bool(bare)
+    )
 
 
 def find_models(arguments: argparse.Namespace) -> Sequence[Model]:
@@ -209,19 +215,32 @@ def find_models(arguments: argparse.Namespace) -> Sequence[Model]:
 
 
 def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
-    """What is held in 4 bits already stays so."""
+    """What is held in 4 bits already stays so; of other codes there is no plan but one for such a base.
+
+    Raises:
+        ValueError: codes are to be trained themselves.
+    """
     from adamw_triton.models.finetuning import DTYPES, Run
 
-    if model.quantized and arguments.lora is None:
+    in_4_bits = arguments.quantized_base is not None
+    if model.quantized is not None and model.quantized.is_4bit_base:
+        in_4_bits = True
+        if arguments.lora is None:
+            raise ValueError(
+                f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give "
+                "--lora RANK, or name a folder of the model in 16 or 32 bits"
+            )
+    elif model.quantized is not None and not in_4_bits:
         raise ValueError(
-            f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give --lora "
-            "RANK, or name a folder of the model in 16 or 32 bits"
+            f"{model.name} is quantized, in {model.quantized.format}: such weights cannot be trained. Give "
+            "--lora RANK --quantized-base 4, which plans for holding it in 4 bits (NF4), or name a folder of "
+            "the model in 16 or 32 bits"
         )
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
         rank=arguments.lora,
         targets=arguments.lora_targets,
-        quantized=model.quantized or arguments.quantized_base is not None,
+        quantized=in_4_bits,
     )
 
 

@@ -37,6 +37,7 @@ def run_demo(
     out = Path(out)
     console = console or Console()
     check_steps(steps)
+    check_seed(seed)
     check_variants(variants)
     check_picture(out)
     task = make_task(steps, seed, choose_device(device))
@@ -58,6 +59,12 @@ def check_steps(steps: int) -> None:
         raise DemoError(f"steps must be at least 1, not {steps}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise DemoError unless torch's generators take it."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise DemoError(f"seed must be a whole number of 64 bits, from -2**63 to 2**63 - 1, not {seed}")
+
+
 def check_variants(names: Sequence[str]) -> None:
     """Raise DemoError unless `names` are some of OPTIMIZERS."""
     for name in names:
@@ -72,7 +79,9 @@ def choose_device(wanted: str | torch.device | None) -> torch.device:
     if wanted is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=wanted).device
+        proof = torch.zeros(1, device=wanted)
+        proof.item()
+        return proof.device
     except (RuntimeError, AssertionError) as error:  # torch raises either, by how it was built
         raise DemoError(f"cannot use device {str(wanted)!r}: {error}") from error
 

@@ -20,7 +20,15 @@ class Architecture(NamedTuple):
 
 
 class CannotBuildError(ValueError):
-    """It is not known here; the message says why, as the end of a sentence."""
+    """It is not known here; the message says why, as a part of a sentence. Empty: nobody was asked."""
+
+
+class MissingLibraryError(CannotBuildError):
+    """Nobody could be asked: the library is not installed."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__(f"{library} is not installed")
+        self.library = library
 
 
 Build = Callable[[Mapping[str, Any], str], Architecture]
@@ -29,4 +37,4 @@ Build = Callable[[Mapping[str, Any], str], Architecture]
 
 def unknown(config: Mapping[str, Any], dtype: str) -> Architecture:
     """A ``Build`` for want of one."""
-    raise CannotBuildError("no library was asked")
+    raise CannotBuildError

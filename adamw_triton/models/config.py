@@ -26,7 +26,8 @@ LIMITS = {
 
 _OTHER_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 _LIMITS = LIMITS | {other: LIMITS[name] for name, other in _OTHER_NAMES.items()}
-_NEVER_ZERO = ("hidden_size", "num_hidden_layers", "vocab_size")
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""That a model is most of all told by; never zero."""
 _LAYERS = re.compile(r"layers$|^depths?$")
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -77,7 +78,7 @@ def read_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def check_sizes(config: Mapping[str, Any]) -> bool:
-    """Whether the config or a part of it says any; a library would take its own defaults for all of them.
+    """Whether the config or a part of it says any; else a library takes its own defaults for all of them.
 
     Raises:
         ModelFileError: one is absurd. Others would build that model, for hours.
@@ -86,9 +87,10 @@ def check_sizes(config: Mapping[str, Any]) -> bool:
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key, value in part.items():
             limit = LIMITS["num_hidden_layers"] if _LAYERS.search(key) else _LIMITS.get(key)
-            if limit is None or type(value) is not int:
+            counts = value if isinstance(value, list) else [value]  # of vision's stages, one each
+            if limit is None or not counts or not all(type(count) is int for count in counts):
                 continue
-            if not (key in _NEVER_ZERO) <= value <= limit:
+            if not all((key in SIZES) <= count <= limit for count in counts):
                 raise _absurd(key, value, limit)
             found = True
     return found

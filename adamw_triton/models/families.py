@@ -16,6 +16,21 @@ from adamw_triton.models.weights import ModelFileError, Weight
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
+class UntoldError(ModelFileError):
+    """The config does not tell the weights to this table.
+
+    Args:
+        what: is not told, as the beginning of a sentence.
+        known: what would be, if that is a list.
+        way: to change the config, if there is one.
+    """
+
+    def __init__(self, what: str, known: str = "", way: str = "") -> None:
+        super().__init__(what)
+        self.known = known
+        self.way = way
+
+
 class Family(NamedTuple):
     """Where one differs."""
 
@@ -74,48 +89,47 @@ HEADS: Mapping[str, tuple[str, bool, int]] = {
 Reward models are classifiers of sequences."""
 
 
-def weights_of(config: Mapping[str, Any], dtype: str, why: str = "") -> list[Weight]:
+def weights_of(config: Mapping[str, Any], dtype: str) -> list[Weight]:
     """The weights that transformers gives the model of this config.
 
     Args:
         config: says the class in ``architectures``, else it is the causal language model.
         dtype: of the weights.
-        why: nobody who knows more was asked, for errors.
 
     Raises:
-        ModelFileError: the family or the class is not known, or a size is missing or absurd.
+        UntoldError: the family or the class is not known, or a size is missing.
+        ModelFileError: a size is absurd.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelFileError(
-            f"the weights of model_type {name!r:.60} cannot be told from config.json alone{why}: only those "
-            f"of {', '.join(FAMILIES)}. Install transformers, put its safetensors files beside it, or give "
-            "--params"
+        raise UntoldError(
+            f"the weights of model_type {name!r:.60} cannot be told from config.json alone",
+            ", ".join(FAMILIES),
         )
     family = FAMILIES[name]
     for key, value in family.alike.items():
         if config.get(key, value) != value:
             shown = f"{config[key]!r:.60}"
-            raise ModelFileError(
-                f"config.json says {key}={shown}: of such only transformers can tell the weights"
-            )
-    shapes = _shapes({**family.defaults, **config}, family, _head(config, why))
+            raise UntoldError(f"config.json says {key}={shown}", f"models with {key}={value!r}")
+    shapes = _shapes({**family.defaults, **config}, family, _head(config))
     return [Weight(name, shape, dtype) for name, shape in shapes]
 
 
-def _head(config: Mapping[str, Any], why: str) -> str:
-    """The end of the class's name, from what comes before it on."""
+def _head(config: Mapping[str, Any]) -> str:
+    """The end of the class's name, behind that of the family; some write that in other letters."""
     classes = config.get("architectures")
     if not classes:
         return "ForCausalLM"
     name = classes[0] if isinstance(classes, list) else classes
-    found = re.search(r"(For[A-Z]\w*|Model)$", name) if isinstance(name, str) else None
-    if found is None or found[0] not in HEADS:
-        raise ModelFileError(
-            f"the weights of a {name!r:.60} cannot be told from config.json alone{why}: only those of "
-            f"classes in {', '.join(HEADS)}. Install transformers or put its safetensors files beside it"
-        )
-    return found[0]
+    family = str(config["model_type"]).replace("_", "").removesuffix("text")
+    for head in HEADS:
+        if isinstance(name, str) and re.fullmatch(f"{family}(text)?{head}", name, re.IGNORECASE):
+            return head
+    raise UntoldError(
+        f"config.json names the class {name!r:.60}",
+        f"classes of {config['model_type']} that end in {', '.join(HEADS)}",
+        "correct or remove its architectures",
+    )
 
 
 def _shapes(config: Mapping[str, Any], family: Family, head: str) -> Shapes:
@@ -149,7 +163,7 @@ def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:
     count_key, width_key = family.experts or ("", "intermediate_size")
     heads, intermediate = _required(config, "num_attention_heads"), _required(config, width_key)
     if "num_key_value_heads" not in config:
-        raise ModelFileError("config.json does not say num_key_value_heads")
+        raise _missing("num_key_value_heads")
     head_dim = size(config, "head_dim") or hidden // heads
     if head_dim == 0:
         raise ModelFileError(f"config.json says num_attention_heads={heads}, more than hidden_size={hidden}")
@@ -189,5 +203,9 @@ def _layer(config: Mapping[str, Any], family: Family, hidden: int) -> Shapes:
 def _required(config: Mapping[str, Any], key: str) -> int:
     value = size(config, key)
     if value is None:
-        raise ModelFileError(f"config.json does not say {key}")
+        raise _missing(key)
     return value
+
+
+def _missing(key: str) -> UntoldError:
+    return UntoldError(f"config.json does not say {key}", way="add it")

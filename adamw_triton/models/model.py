@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamw_triton.models import elsewhere, quantized, stored
-from adamw_triton.models.architecture import Build, CannotBuildError, unknown
+from adamw_triton.models.architecture import (
+    Architecture,
+    Build,
+    CannotBuildError,
+    MissingLibraryError,
+    unknown,
+)
 from adamw_triton.models.config import Dimensions, check_sizes, language_part, read_dimensions, read_dtype
-from adamw_triton.models.families import FAMILIES, weights_of
+from adamw_triton.models.families import FAMILIES, UntoldError, weights_of
 from adamw_triton.models.headers import read_header, read_shards
 from adamw_triton.models.weights import IncompleteError, ModelFileError, Weight, cannot_read, read_json
 
@@ -26,8 +32,8 @@ class Model(NamedTuple):
     """Who told the weights, and from what."""
     remark: str = ""
     """Of the dimensions: what is unknown, or left out."""
-    quantized: bool = False
-    """Its files hold the projections in 4 bits; ``weights`` are those that it was quantized from."""
+    quantized: quantized.Quantized | None = None
+    """How its files hold the projections, if in codes; ``weights`` are those that it was quantized from."""
 
 
 def read_model(path: Path, build: Build = unknown) -> Model:
@@ -111,31 +117,66 @@ def _count(name: str, said: Mapping[str, Any] | None, files: list[Weight] | None
     """From the config and the tensors in the files; one of them is there."""
     held = stored.without_buffers(files or ())
     packed = quantized.find(said or {}, held)
-    quantized.require_numbers(name, packed)
     if packed is not None and said is None:
         raise ModelFileError(
-            f"the projections of {name} are 4 bits of bitsandbytes, and tell no shapes: its config.json must "
-            "lie beside"
+            f"the projections of {name} are codes ({packed.format}), and tell no shapes: put its config.json "
+            "beside, or name a folder of the model in 16 or 32 bits"
         )
     config = quantized.without(said or {})
-    sized = check_sizes(config)
-    dtype = _dtype(held) or read_dtype(config) or "F32"  # as transformers takes it
-    dimensions, remark = _dimensions(config)
-    why = " (config.json names no sizes)" if said is not None and not sized else ""
-    if sized and build is not unknown:
-        try:
-            built = build(config, dtype)
-        except CannotBuildError as error:
-            why = f" ({error})"
+    numbers = files is not None and packed is None
+    dtype = _dtype(held, packed is not None) or read_dtype(config) or "F32"  # as transformers takes it
+    try:
+        built = _build(config, dtype, held if numbers else (), build if said is not None else unknown)
+    except CannotBuildError as error:
+        dimensions, remark = _dimensions(config)
+        why = f" ({error})" if str(error) else ""
+        if numbers:
+            weights, by = stored.parameters(held, config), "headers of its files"
         else:
-            counted = built.by + _difference(built.weights, () if packed else held)
-            dimensions, remark = _dimensions({**config, **built.config})
-            return Model(name, built.weights, dimensions, counted, remark, packed is not None)
-    if packed is None and files is not None:
-        weights, by = stored.parameters(held, config), "headers of its files"
-    else:
-        weights, by = weights_of(config, dtype, why), f"config.json, as a {config['model_type']}"
-    return Model(name, weights, dimensions, by + why, remark, packed is not None)
+            weights, by = _told(config, dtype, error, packed), f"config.json, as a {config['model_type']}"
+        return Model(name, weights, dimensions, by + why, remark, packed)
+    dimensions, remark = _dimensions({**config, **built.config})
+    return Model(name, built.weights, dimensions, built.by, remark, packed)
+
+
+def _build(config: Mapping[str, Any], dtype: str, held: Sequence[Weight], build: Build) -> Architecture:
+    """``held``: numbers in the files, which defaults must not contradict.
+
+    Raises:
+        CannotBuildError: as of ``build``.
+        ModelFileError: a size is absurd.
+    """
+    sized = check_sizes(config)
+    built = build(config, dtype)
+    difference = _difference(built.weights, held)
+    if difference and not sized:
+        raise CannotBuildError(f"config.json names no sizes, and what {built.by} makes is another model")
+    return built._replace(by=built.by + difference)
+
+
+def _told(
+    config: Mapping[str, Any], dtype: str, asked: CannotBuildError, packed: quantized.Quantized | None
+) -> list[Weight]:
+    """By the table of families.
+
+    Raises:
+        ModelFileError: not by that either; it says why nobody else could, and what can be done.
+    """
+    try:
+        return weights_of(config, dtype)
+    except UntoldError as error:
+        missing = asked.library if isinstance(asked, MissingLibraryError) else ""
+        why = [str(asked)]
+        if error.known and (missing or not str(asked)):
+            why.append(f"without {'it' if missing else 'transformers'} only {error.known} are known")
+        if not check_sizes(config):
+            why.append("config.json names no sizes")
+        ways = [error.way, f"install {missing}" if missing else ""]
+        if packed is None:
+            ways.append("put its safetensors files beside it")
+        ways = [*filter(None, ways), "give --params instead"]
+        said = f" ({'; '.join(filter(None, why))})" if any(why) else ""
+        raise ModelFileError(f"{error}{said}: {', or '.join(ways)}") from None
 
 
 def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
@@ -147,11 +188,11 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[Dimensions | None, str]:
     return found, ", ".join(filter(None, (f"as if a {kind!s:.40} were a Llama of its sizes", remark)))
 
 
-def _dtype(held: Sequence[Weight]) -> str | None:
-    """That most of the floating point numbers have."""
+def _dtype(held: Sequence[Weight], packed: bool) -> str | None:
+    """That most of the floating point numbers have; beside codes, of more than 8 bits."""
     counts: dict[str, int] = {}
     for weight in held:
-        if stored.is_floating(weight):
+        if stored.is_floating(weight) and not (packed and weight.dtype.startswith("F8")):
             counts[weight.dtype] = counts.get(weight.dtype, 0) + weight.numel
     return max(counts, key=lambda dtype: counts[dtype], default=None)
 

@@ -1,8 +1,7 @@
 """Weights that are stored as packed codes: which format it is, told by config.json or by tensors' names.
 
-Codes are not numbers: neither their count nor their shapes are the model's. Nobody trains them; LoRA's
-adapters may be trained beside those of bitsandbytes' 4 bits (QLoRA), so such a model is read as what it was
-quantized from.
+Codes are not numbers: neither their count nor their shapes are the model's. Nobody trains them, only LoRA's
+adapters beside them (QLoRA); so such a model is read as what it was quantized from.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adamw_triton.models.weights import ModelFileError, Weight
+from adamw_triton.models.weights import Weight
 
 BNB_4BIT, BNB_8BIT = "bitsandbytes' 4 bits", "bitsandbytes' 8 bits"
 
@@ -29,7 +28,7 @@ _TENSORS = {
 """What only such files have: the end of a tensor's name."""
 _ANY = re.compile("|".join(_TENSORS))
 
-_CODES = re.compile(r"[UI](8|16|32)|F[46]_?\w*")
+_CODES = re.compile(r"[UI](8|16|32)|F4|F6_\w+")
 _FEW = 4096
 """Elements; buffers of whole numbers (positions, indices) may have as many."""
 
@@ -45,7 +44,7 @@ class Quantized(NamedTuple):
 
     @property
     def is_4bit_base(self) -> bool:
-        """Whether LoRA's adapters are trained beside it as it is."""
+        """Whether it is held as the plan counts a base in 4 bits."""
         return self.format == BNB_4BIT
 
 
@@ -58,21 +57,8 @@ def find(config: Mapping[str, Any], stored: Sequence[Weight]) -> Quantized | Non
         return Quantized(_format(described))
     for weight in stored:
         if _CODES.fullmatch(weight.dtype) and len(weight.shape) > 1 and weight.numel > _FEW:
-            return Quantized(f"codes of an unknown format ({weight.name!r} is {weight.dtype})")
+            return Quantized(f"an unknown format ({weight.name!r} is {weight.dtype})")
     return None
-
-
-def require_numbers(name: str, found: Quantized | None) -> None:
-    """Refuse what is packed, but for a 4-bit base.
-
-    Raises:
-        ModelFileError: it says what to name instead.
-    """
-    if found is not None and not found.is_4bit_base:
-        raise ModelFileError(
-            f"{name} is quantized, in {found.format}: such weights cannot be trained. Name a folder of the "
-            "model in 16 or 32 bits; --lora RANK --quantized-base 4 plans for holding it in 4 bits"
-        )
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:

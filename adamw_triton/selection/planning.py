@@ -65,6 +65,8 @@ def plan(
     """
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
+    if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
+        raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
     tensors = list(_tensors(model_or_params))
     if not tensors:
         raise ValueError("model_or_params has no parameters to plan for")
@@ -98,13 +100,20 @@ def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tenso
     if isinstance(model_or_params, nn.Module):
         yield from ((tensor, {}) for tensor in (*model_or_params.parameters(), *model_or_params.buffers()))
         return
-    if isinstance(model_or_params, Tensor):
-        raise TypeError("model_or_params must be a module or an iterable of parameters, not one tensor")
+    if isinstance(model_or_params, Tensor | str) or not isinstance(model_or_params, Iterable):
+        what = "one tensor" if isinstance(model_or_params, Tensor) else f"{model_or_params!r:.60}"
+        raise TypeError(
+            f"model_or_params must be a module or an iterable of parameters, not {what}; a number of "
+            "parameters is planned for by `adamw-triton plan --params 1.5B`"
+        )
     for item in model_or_params:
         group = item if isinstance(item, Mapping) else {}
+        if isinstance(item, Mapping) and "params" not in item:
+            raise ValueError(f"model_or_params has a group without 'params'; it has {list(item)!r:.60}")
         members = item["params"] if isinstance(item, Mapping) else [item]
-        for member in [members] if isinstance(members, Tensor) else members:
-            tensor = member[1] if isinstance(member, tuple) else member
+        alone = isinstance(members, Tensor) or not isinstance(members, Iterable)
+        for member in [members] if alone else members:
+            tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"model_or_params has a {type(tensor).__name__} where a tensor should be")
             yield tensor, group

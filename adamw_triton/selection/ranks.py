@@ -25,6 +25,9 @@ from adamw_triton.selection.plans import Plan
 PATIENCE = 10.0
 """Seconds at most, and a quarter of the process group's timeout: others may be waiting in a collective of the
 user's. Ranks that train one model come to a step together, as their gradients did."""
+WEARING = 0.25
+"""Of a rank's patience is left whenever others did not come, until all come again: however many optimizers it
+has alone, it waits in all no longer than a third more than for the first."""
 
 _WAY_OUT = (
     "name the variant on all of them (variant='32bit', for example; 'paged_8bit' takes the least GPU memory)"
@@ -62,6 +65,8 @@ class _Meeting(NamedTuple):
     store: Any
     key: str
     """Under which all that they say is."""
+    missed: str
+    """Under which is how often others did not come to this rank's, since all last came."""
 
     @classmethod
     def of(cls, groups: Groups, settings: object, rank: int) -> _Meeting:
@@ -71,10 +76,28 @@ class _Meeting(NamedTuple):
         store = distributed.distributed_c10d._get_default_store()
         look = repr((settings, [[_look(param) for param in group["params"]] for group in groups]))
         alike = f"adamw_triton/{hashlib.sha256(look.encode()).hexdigest()[:16]}"
-        return cls(store, f"{alike}/{store.add(f'{alike}/of_rank/{rank}', 1)}")
+        number = store.add(f"{alike}/of_rank/{rank}", 1)
+        return cls(store, f"{alike}/{number}", f"adamw_triton/missed/{rank}")
 
     def come(self, share: Share) -> None:
         self.store.set(f"{self.key}/{self.store.add(f'{self.key}/came', 1)}", json.dumps(share))
+
+    def wait(self, world: int) -> None:
+        """Until it is over, but not for ever."""
+        missed = self.store.add(self.missed, 0)
+        patience = min(PATIENCE, self.store.timeout.total_seconds() / 4) * WEARING**missed
+        end, pause = time.monotonic() + patience, 0.005
+        while not self.over(world):
+            left = end - time.monotonic()
+            if left <= 0:
+                self.store.add(self.missed, 1)
+                return
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, 0.2)
+
+    def all_came(self) -> None:
+        """Wait as long as ever from now on."""
+        self.store.add(self.missed, -self.store.add(self.missed, 0))
 
     def over(self, world: int) -> bool:
         """Whether all are here, or it has been decided already."""
@@ -130,16 +153,15 @@ def _ask(plan: Plan, groups: Groups, settings: object) -> Outcome:
     host_bytes = tuple(candidate.host_bytes for candidate in plan.candidates)
     obstacles = tuple(candidate.obstacle for candidate in plan.candidates)
     meeting.come(Share(socket.gethostname(), plan.host_room, host_bytes, obstacles, rank))
-    pause = 0.005
-    end = time.monotonic() + min(PATIENCE, meeting.store.timeout.total_seconds() / 4)
-    while time.monotonic() < end and not meeting.over(world):
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.2)
+    meeting.wait(world)
     there = meeting.shares()
     common = merged(there)
     of_all = plan.without(common)
     bits = (of_all.chosen or of_all.last_resort).bits
-    return meeting.decided(Outcome(tuple(common), bits, tuple(sorted(share.rank for share in there))))
+    outcome = meeting.decided(Outcome(tuple(common), bits, tuple(sorted(share.rank for share in there))))
+    if len(outcome.ranks) == world:
+        meeting.all_came()
+    return outcome
 
 
 def _look(param: Tensor) -> tuple[str, Any]:

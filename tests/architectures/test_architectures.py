@@ -18,6 +18,7 @@ from adamw_triton.models.architecture import CannotBuildError
 from adamw_triton.models.finetuning import Run, tensors
 from tests.architectures.full import FULL
 from tests.architectures.tiny import TINY
+from tests.models.files import write_model
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -106,7 +107,7 @@ def test_code_of_the_models_own_is_never_run(tmp_path: Path) -> None:
     own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     known = {**TINY["llama"], "auto_map": own}
     assert "LlamaForCausalLM" in read_model(write_config(tmp_path, known), build).counted
-    with pytest.raises(ModelFileError, match=r"does not know model_type 'own'\): only those of llama"):
+    with pytest.raises(ModelFileError, match=r"does not know model_type 'own'\): put its safetensors"):
         read_model(write_config(tmp_path, {**known, "model_type": "own"}), build)
     assert not (tmp_path / "ran").exists()
 
@@ -141,6 +142,7 @@ def test_what_cannot_be_built_is_said(case: str, tmp_path: Path) -> None:
         ({"num_labels": 10**12}, "num_labels=1000000000000"),
         ({"text_config": {"num_layers": 10**9}}, "num_layers=1000000000"),
         ({"vision_config": {"depth": 10**9}}, "depth=1000000000"),
+        ({"depths": [2, 10**9]}, r"depths=\[2, 1000000000\]"),
     ],
 )
 def test_absurd_sizes_are_refused_before_anybody_builds_them(
@@ -150,9 +152,56 @@ def test_absurd_sizes_are_refused_before_anybody_builds_them(
         read_model(write_config(tmp_path, {**TINY["llama"], **change}), build)
 
 
-def test_a_config_without_sizes_is_not_that_of_transformers_defaults(tmp_path: Path) -> None:
-    """Such lie beside GGUF files; `LlamaConfig()` would have 6.7e9 parameters."""
-    with pytest.raises(ModelFileError, match=r"config\.json does not say hidden_size"):
+@pytest.mark.parametrize("kind", ["llama", "clip", "t5", "gpt2", "vit", "resnet", "whisper"])
+def test_sizes_that_a_config_leaves_out_are_the_defaults_and_that_is_said(kind: str, tmp_path: Path) -> None:
+    whole = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    right = build(whole, "F32")
+    model = read_model(write_config(tmp_path, {"model_type": kind}), build)
+    assert total(model) == sum(weight.numel for weight in right.weights)
+    assert ", by its defaults" in model.counted
+    assert "defaults" not in right.by
+
+
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "vocab_size alone": (
+        {"model_type": "llama", "vocab_size": 320},
+        "(hidden_size 4,096, num_hidden_layers 32)",
+    ),
+    "other names": ({"model_type": "gpt2", "n_embd": 96}, "(num_hidden_layers 12, vocab_size 50,257)"),
+    "of a part": (
+        {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "text_config": {"model_type": "llama", "vocab_size": 320},
+        },
+        "(hidden_size 4,096, num_hidden_layers 32)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_of_some_sizes_too(case: str, tmp_path: Path) -> None:
+    config, said = PARTS[case]
+    assert read_model(write_config(tmp_path, config), build).counted.endswith(f", by its defaults {said}")
+
+
+def test_defaults_count_beside_files_only_if_the_files_agree(tmp_path: Path) -> None:
+    """transformers leaves defaults out of the parts of a config that it saves."""
+    tiny = made(TINY["gpt2"])
+    tiny.save_pretrained(tmp_path)
+    model = read_model(write_config(tmp_path, {"model_type": "gpt2"}), build)
+    assert total(model) == sum(param.numel() for param in tiny.parameters())
+    assert "headers of its files (config.json names no sizes, and what transformers" in model.counted
+    shapes = {weight.name: weight.shape for weight in build({"model_type": "gpt2"}, "F32").weights}
+    write_model(tmp_path / "model.safetensors", shapes, "F32")
+    model = read_model(tmp_path, build)
+    assert model.counted.startswith("transformers ")
+    assert model.dimensions is not None
+
+
+def test_a_gguf_file_is_no_model_of_default_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ModelFileError, match="GGUF, a format of"):
         read_model(write_config(tmp_path, {"model_type": "llama"}), build)
 
 

@@ -136,18 +136,56 @@ def test_a_number_of_parameters_is_enough(asked: Asked, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("7e9", 7 * 10**9), ("7B", 7 * 10**9), ("1.5b", 15 * 10**8), ("350M", 35 * 10**7), ("1", 1)],
+    [
+        ("7e9", 7 * 10**9),
+        ("7B", 7 * 10**9),
+        ("1.5b", 15 * 10**8),
+        ("350M", 35 * 10**7),
+        ("1000", 1000),
+        ("1.001k", 1001),
+        ("1.1B", 1_100_000_000),
+        (" 2E+3 ", 2000),
+    ],
 )
 def test_numbers_of_parameters(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
 @pytest.mark.parametrize(
-    "text", ["", "B", "-7e9", "0", "nan", "inf", "1e99", "7e9e9", "seven", "7 G", "1e400"]
+    "text",
+    [
+        "",
+        "B",
+        "-7e9",
+        "0",
+        "nan",
+        "inf",
+        "1e99",
+        "7e9e9",
+        "seven",
+        "7 G",
+        "1e400",
+        "1000.5",
+        "1.0005k",
+        "1_000",
+        "0x1000",
+        "٣٣٣٣",
+        "1e-3B",
+        "999",
+    ],
 )
 def test_no_numbers_of_parameters(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--params must be a number from 1 to 1e\+13, like 7e9 or 7B, not "):
+    with pytest.raises(
+        ValueError, match=r"--params must be a number from 1,000 to 1e\+13, and whole, like 7e9"
+    ):
         parse_count(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "0.5", "7", "405"])
+def test_billions_without_their_unit_are_not_taken_for_parameters(text: str) -> None:
+    with pytest.raises(ValueError, match=f"not '{text}'; did you mean '{text}B'"):
+        parse_count(text)
+    assert parse_count(f"{text}B") == float(text) * 1e9
 
 
 def test_json_is_all_there_is_on_the_output(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

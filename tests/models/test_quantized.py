@@ -74,30 +74,24 @@ def write_folder(path: Path, config: dict[str, Any] | None, tensors: Tensors | N
     return path
 
 
-@pytest.mark.parametrize(
-    "told_by", ["both", "names", "names alone", "config", "config alone", "a part's config"]
-)
+@pytest.mark.parametrize("told_by", ["both", "names", "config", "config alone", "a part's config"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_packed_weights_are_refused_by_name(name: str, told_by: str, tmp_path: Path) -> None:
+def test_packed_weights_are_known_by_name(name: str, told_by: str, tmp_path: Path) -> None:
+    """And counted as what they were, from the config."""
     tensors, description = FORMATS[name]
     plain: Tensors = {f"{Q}.weight": ("BF16", (64, 64))}
     key = "quantization" if name == "MLX" else "quantization_config"
     config: dict[str, Any] | None = {**LLAMA, key: description}
     if told_by == "a part's config":
         config = {**LLAMA, "text_config": {key: description}}
-    elif told_by.startswith("names"):
-        config = LLAMA if told_by == "names" else None
-    files = (
-        None
-        if told_by == "config alone"
-        else tensors
-        if told_by in ("both", "names", "names alone")
-        else plain
-    )
-    with pytest.raises(
-        ModelFileError, match=r"is quantized, in .*: such weights cannot be trained. Name a folder"
-    ):
-        read_model(write_folder(tmp_path, config, files))
+    elif told_by == "names":
+        config = LLAMA
+    files = None if told_by == "config alone" else tensors if told_by in ("both", "names") else plain
+    model = read_model(write_folder(tmp_path, config, files))
+    assert model.quantized is not None
+    assert not model.quantized.is_4bit_base
+    assert sum(weight.numel for weight in model.weights) == WHOLE
+    assert {weight.dtype for weight in model.weights} == {"F32" if told_by == "config alone" else "BF16"}
 
 
 @pytest.mark.parametrize("files", [NF4, None])
@@ -113,16 +107,19 @@ def test_a_base_in_4_bits_is_read_as_what_it_was(
     description: dict[str, Any], files: Tensors | None, tmp_path: Path
 ) -> None:
     model = read_model(write_folder(tmp_path, {**LLAMA, "quantization_config": description}, files))
-    assert model.quantized
+    assert model.quantized is not None
+    assert model.quantized.is_4bit_base
     assert sum(weight.numel for weight in model.weights) == WHOLE
     assert {weight.dtype for weight in model.weights} == {"BF16" if files else "F32"}
 
 
-def test_without_a_config_codes_do_not_tell_what_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*FORMATS, "bitsandbytes, 4 bits"])
+def test_without_a_config_codes_do_not_tell_what_they_were(name: str, tmp_path: Path) -> None:
+    tensors = FORMATS[name][0] if name in FORMATS else NF4
     with pytest.raises(
-        ModelFileError, match=r"are 4 bits of bitsandbytes, and tell no shapes: its config\.json must"
+        ModelFileError, match=r"are codes \(.*\), and tell no shapes: put its config\.json beside, or name"
     ):
-        read_model(write_folder(tmp_path, None, NF4))
+        read_model(write_folder(tmp_path, None, tensors))
 
 
 BUFFERS: Tensors = {
@@ -138,3 +135,17 @@ BUFFERS: Tensors = {
 def test_buffers_of_whole_numbers_are_no_codes(tmp_path: Path) -> None:
     model = read_model(write_folder(tmp_path, None, BUFFERS))
     assert [weight.name for weight in model.weights] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3"])
+def test_numbers_of_any_width_are_no_codes(dtype: str, tmp_path: Path) -> None:
+    """Of F8 only scales beside them tell."""
+    plain: Tensors = {f"{Q}.weight": (dtype, (128, 64))}
+    assert read_model(write_folder(tmp_path, None, plain)).quantized is None
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "U8", "I32"])
+def test_what_nobody_computes_in_is_codes(dtype: str, tmp_path: Path) -> None:
+    packed = read_model(write_folder(tmp_path, LLAMA, {f"{Q}.weight": (dtype, (128, 64))})).quantized
+    assert packed is not None
+    assert packed.format == f"an unknown format ('{Q}.weight' is {dtype})"

@@ -51,7 +51,6 @@ BEFORE: dict[str, Callable[[AdamW], Any]] = {
     "a step without gradients": lambda optimizer: optimizer.step(),
     "a step of zeros": zero_step,
     "a step of zeros, offload": lambda optimizer: (zero_step(optimizer), optimizer.offload()),
-    "load, a step of zeros": lambda optimizer: (load(optimizer), zero_step(optimizer)),
     "a step of zeros, load": lambda optimizer: (zero_step(optimizer), load(optimizer)),
     "a state dict": lambda optimizer: optimizer.state_dict(),
     "another group": lambda optimizer: optimizer.add_param_group({"params": parameters(((5,),))}),
@@ -78,6 +77,56 @@ def test_the_first_step_decides_whatever_was_called_before(before: str) -> None:
     assert state_bits(optimizer) == state_bits(named)
     for ours, theirs in zip(optimizer.param_groups, named.param_groups, strict=True):
         assert bits(ours["params"]) == bits(theirs["params"])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(("zeros", "real"), [(1, 1), (2, 1), (4, 2), (1, 3), (0, 2)])
+def test_one_step_of_zeros_before_there_is_state_is_uncounted_and_no_other(
+    zeros: int, real: int, loaded: bool
+) -> None:
+    """torch and the named variants count that one too."""
+    ours, named, torchs = (
+        make(parameters(SHAPES)) for make in (AdamW, lambda p: AdamW(p, variant="32bit"), torch.optim.AdamW)
+    )
+    for optimizer in (ours, named):
+        if loaded:
+            load(optimizer)
+    if loaded:
+        torchs.load_state_dict(copy.deepcopy(named.state_dict()))
+    for optimizer in (ours, named, torchs):
+        for _ in range(zeros):
+            zero_step(optimizer)  # type: ignore[arg-type]
+        for seed in range(3, 3 + real):
+            set_grads(optimizer.param_groups[0]["params"], seed)
+            optimizer.step()
+
+    def counts(optimizer: torch.optim.Optimizer) -> set[float]:
+        return {float(entry["step"]) for entry in optimizer.state.values()}
+
+    begun = 2 * loaded
+    uncounted = 1 if zeros and not loaded else 0
+    assert counts(torchs) == counts(named) == {begun + zeros + real}
+    assert counts(ours) == {begun + zeros + real - uncounted}
+    if not uncounted:
+        assert state_bits(ours) == state_bits(named)
+
+
+def test_a_rank_without_elements_takes_the_step_of_zeros_as_others_do() -> None:
+    """A shard may have none; were it to decide then, others could only follow."""
+    optimizer = AdamW(parameters(((0,), (0, 5))))
+    zero_step(optimizer)
+    assert optimizer.plan is None
+    train(optimizer, 1)
+    assert optimizer.plan is not None
+
+
+def test_what_others_keep_in_state_makes_it_a_step() -> None:
+    """No framework takes its step of zeros then."""
+    optimizer = AdamW(parameters(SHAPES))
+    optimizer.state["slow"] = {"steps": 3}  # type: ignore[index]
+    zero_step(optimizer)
+    assert optimizer.plan is not None
+    assert {float(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"]} == {1}
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])

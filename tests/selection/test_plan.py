@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,30 @@ TEXTS = (
 )
 
 
+ODD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a number": (
+        1.5,
+        {},
+        "not 1.5; a number of parameters is planned for by `adamw-triton plan --params 1.5B`",
+    ),
+    "a large number": (7e9, {}, "not 7000000000.0; a number"),
+    "text": ("7B", {}, "not '7B'; a number of parameters is planned for by"),
+    "nothing": (None, {}, "model_or_params must be a module or an iterable of parameters, not None"),
+    "a tensor": (PARAM[0], {}, "not one tensor"),
+    "a group without params": ([{"p": 1}], {}, "has a group without 'params'; it has ['p']"),
+    "a group of a number": ([{"params": 1.5}], {}, "has a float where a tensor should be"),
+    "half a pair": ([("a",)], {}, "has a tuple where a tensor should be"),
+    "a dtype's name": (PARAM, {"grad_dtype": "bf16"}, "grad_dtype must be a torch.dtype or None, not 'bf16'"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_cannot_be_planned_for_is_named(case: str) -> None:
+    what, options, message = ODD[case]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        adamw_triton.plan(what, "T4", "1GiB", **options)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_means_the_same_as_on_the_command_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -158,7 +183,7 @@ def test_text_means_the_same_as_on_the_command_line(
         here: object = adamw_triton.plan(PARAM, text, "1GiB", activations=0).limits[0]._asdict()["device"]
     except ValueError as error:
         here = str(error).replace("gpu_memory", "--gpu")
-    code = main(["plan", "--params", "10", f"--gpu={text}", "--host-memory", "1GiB", "--json"])
+    code = main(["plan", "--params", "1000", f"--gpu={text}", "--host-memory", "1GiB", "--json"])
     output = capsys.readouterr()
     if code == 2:
         assert output.err == f"adamw-triton plan: {here}\n"
