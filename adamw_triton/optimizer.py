@@ -22,14 +22,15 @@ from adamw_triton.arguments import (
     check_variant,
     name_of,
 )
-from adamw_triton.hyperparameters import Settings
-from adamw_triton.interrupts import DeferredInterrupt, WholeSteps
+from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
-from adamw_triton.reservations import Reservations
+from adamw_triton.places.reservations import Reservations
+from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
-from adamw_triton.stepped import Stepped
-from adamw_triton.store import Store
+from adamw_triton.step.hyperparameters import Settings
+from adamw_triton.step.stepped import Stepped
+from adamw_triton.step.whole import WholeSteps
 from adamw_triton_kernels import tables
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.checkpoint.entries import Saved, flat_of, read
-from adamw_triton.overlaps import share_memory
+from adamw_triton.memory.overlaps import share_memory
 from adamw_triton.state.buffers import Slot
 from adamw_triton.state.formats import Float32, Moments, as_real, is_dense
 from adamw_triton_kernels.codes import LARGEST_ROOT

@@ -25,8 +25,8 @@ from adamw_triton.selection.plans import UNKNOWN, Candidate, Limits, Plan
 from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
+from adamw_triton.state.buffers import State
 from adamw_triton.state.placement import Policy
-from adamw_triton.store import State
 
 SPILLED_AT_ONCE = 512 << 20
 """Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times

@@ -6,7 +6,7 @@ parameter owns an aligned range.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from torch import Tensor
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Format, as_real, nbytes, round_up
+
+State = MutableMapping[Tensor, dict[str, Any]]
+"""What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
 
 
 @dataclass(eq=False)

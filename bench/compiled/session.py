@@ -177,7 +177,7 @@ def compiled(capability: int, **settings: Any) -> Iterator[Session]:
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    from adamw_triton import batch
+    from adamw_triton.step import batch
 
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled in this process")

@@ -355,7 +355,7 @@ def test_too_little_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         raise MemoryError(f"{nbytes} for {what}")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adamw_triton.placing.require_host", refuse)
+        patch.setattr("adamw_triton.places.placing.require_host", refuse)
         with pytest.raises(MemoryError, match="paged optimizer state"):
             optimizer.load_state_dict(state_dict)
     assert snapshot(optimizer) == before

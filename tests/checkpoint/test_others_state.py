@@ -196,7 +196,7 @@ def test_one_that_changes_at_every_step_costs_no_new_launches(
 ) -> None:
     optimizer = AdamW(parameters(SHAPES), variant=variant)
     train(optimizer, 1)
-    monkeypatch.setattr("adamw_triton.store.Store.reserve", None)
+    monkeypatch.setattr("adamw_triton.places.store.Store.reserve", None)
     for number in range(2, 5):
         optimizer.state[first(optimizer)]["slow"] = torch.ones(1)
         optimizer.state["wrapper"] = number

@@ -130,7 +130,8 @@ def launched(target: str, name: str) -> dict[str, Any]:
 def failing(target: str) -> dict[str, Any]:
     """First steps of an optimizer whose two kernels fail to compile or to load, each call in its turn:
     launches of the failed step, and of the next."""
-    from adamw_triton import AdamW, batch
+    from adamw_triton import AdamW
+    from adamw_triton.step import batch
     from adamw_triton_kernels import launch, update_for
 
     batch.update_for = lambda name, device: update_for(name, torch.device("cuda"))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adamw_triton import hyperparameters
-from adamw_triton.hyperparameters import OnDevice, Settings
 from adamw_triton.state.buffers import make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
+from adamw_triton.step import hyperparameters
+from adamw_triton.step.hyperparameters import OnDevice, Settings
 from adamw_triton_kernels import Hyper, Layout, hyper_table, tables, update_for
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from adamw_triton import AdamW, batch
+from adamw_triton import AdamW
+from adamw_triton.step import batch
 from adamw_triton_kernels import reference
 from tests.optimizer.problems import SHAPES, parameters, train
 

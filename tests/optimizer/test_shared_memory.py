@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from adamw_triton import AdamW, stepped
+from adamw_triton import AdamW
 from adamw_triton.arguments import VARIANTS
-from adamw_triton.overlaps import Ranges, share_memory, span
+from adamw_triton.memory.overlaps import Ranges, share_memory, span
+from adamw_triton.step import stepped
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
 EXAMPLES = int(os.environ.get("ADAMW_TRITON_EXAMPLES", "200"))

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adamw_triton import AdamW, batch
+from adamw_triton import AdamW
+from adamw_triton.step import batch
 from adamw_triton_kernels import launch, tables
 from tests.optimizer.problems import parameters
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from adamw_triton import AdamW, store
+from adamw_triton import AdamW
+from adamw_triton.places import store
 from adamw_triton.state import placement
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order

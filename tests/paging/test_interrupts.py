@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import adamw_triton
-from adamw_triton import AdamW, batch
+from adamw_triton import AdamW
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
+from adamw_triton.step import batch
 from adamw_triton_kernels import Arrays, Call, Update, reference
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adamw_triton import store as module
 from adamw_triton.paging.pager import Arrays
+from adamw_triton.places import store as module
+from adamw_triton.places.placing import Wanted
+from adamw_triton.places.store import Store
 from adamw_triton.state import placement
-from adamw_triton.state.buffers import Page, StateBuffer
+from adamw_triton.state.buffers import Page, State, StateBuffer
 from adamw_triton.state.formats import Float32
 from adamw_triton.state.placement import Policy
-from adamw_triton.store import State, Store, Wanted
 from tests.paging.simulated import Choose, EveryOrder, SimulatedDevice, random_order
 from tests.paging.test_schedule import found, update
 

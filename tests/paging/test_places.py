@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from adamw_triton import AdamW, store
+from adamw_triton import AdamW
 from adamw_triton.memory import host as memory
+from adamw_triton.places import store
 from adamw_triton.state import placement
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 

@@ -15,11 +15,13 @@ import torch
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
+from adamw_triton.places.placing import Wanted
+from adamw_triton.places.store import Store
 from adamw_triton.selection import watch
 from adamw_triton.state import buffers, placement
+from adamw_triton.state.buffers import State
 from adamw_triton.state.formats import format_for
 from adamw_triton.state.placement import Policy
-from adamw_triton.store import State, Store, Wanted
 from adamw_triton_kernels import fusion
 from tests.optimizer.problems import parameters, set_grads, state_bits, train
 from tests.selection.simulated import SimulatedGpu, install

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import operator
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adamw_triton import checkpoint
 from adamw_triton.interrupts import DeferredInterrupt
@@ -20,8 +17,9 @@ from adamw_triton.memory.host import require_host
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
-from adamw_triton.placing import Wanted, make_places
-from adamw_triton.state.buffers import Slot, StateBuffer, make_slots
+from adamw_triton.places.placing import Wanted, make_places
+from adamw_triton.places.shown import Shown, show
+from adamw_triton.state.buffers import Slot, State, StateBuffer, make_slots
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
     STAGES,
@@ -33,9 +31,6 @@ from adamw_triton.state.placement import (
 )
 
 _log = logging.getLogger("adamw_triton")
-
-State = MutableMapping[Tensor, dict[str, Any]]
-"""What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
 
 
 class Store:
@@ -55,7 +50,7 @@ class Store:
         """In that order."""
         self._limits: dict[torch.device, int] = {}
         """The budgets of GPUs from which state was spilled."""
-        self._shown: list[Tensor] | None = None
+        self._shown = Shown()
         self._lock = threading.RLock()
         self._holders = 0
 
@@ -80,36 +75,11 @@ class Store:
     @property
     def disturbed(self) -> bool:
         """Whether a ``reserve`` has begun to write and did not come to its end."""
-        return self._shown is None and bool(self.slots)
+        return self._shown.unfinished and bool(self.slots)
 
     def intact(self, state: State) -> bool:
-        """Whether ``state`` shows our buffers and nothing that someone else put there: loaders move its
-        tensors about."""
-        if self._shown is None:
-            return False
-        try:
-            shown = itertools.chain.from_iterable(map(dict.values, state.values()))
-            if all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._shown))):
-                return True
-        except TypeError:  # a wrapper's value that is no dict
-            pass
-        return self._shows_ours(state)
-
-    def _shows_ours(self, state: State) -> bool:
-        """The same, where not all is as it was: others keep state of their own there."""
-        missing = {id(slot.param) for slot in self.slots.values() if slot.entry}
-        for key, entry in state.items():
-            slot = self.slots.get(id(key))
-            if slot is not None and slot.entry:
-                if not slot.is_shown_by(entry):
-                    return False
-                missing.remove(id(key))
-            elif isinstance(key, Tensor) and checkpoint.has_state(entry):
-                return False
-        if missing:
-            return False
-        self._remember(state)
-        return True
+        """Whether ``state`` shows our buffers and nothing that someone else put there."""
+        return self._shown.intact(state, self.slots)
 
     def reserve(self, wanted: Sequence[Wanted], state: State) -> None:
         """Give each parameter a slot, and put there what ``state`` shows for it. Others lose theirs.
@@ -144,37 +114,31 @@ class Store:
                     fresh.append(slot)
                 elif not slot.is_shown_by(state[param]):
                     kept.append(checkpoint.prepare(state[param], slot, betas, fresh=False, taken=taken))
-            self._shown = None  # from here to the end, an interrupted call is begun again
+            self._shown.forget()
             self.generation += 1
             self._page_bytes |= page_bytes
             self.slots = slots
-            for slot in fresh:
-                _show(slot, state)
+            show(fresh, state)
             for arrival in kept:
                 arrival.commit()
-                _show(arrival.slot, state)
+                show([arrival.slot], state)
             for slot in left:
                 slot.clear()
-            self._remember(state)
+            self._shown.remember(state)
 
     def show(self, wanted: Sequence[Wanted], state: State) -> None:
         """Have ``state`` show what parameters without any would begin with, in plain host memory: nothing
         has a place yet."""
         for param, name, state_format, _ in wanted:
             if not checkpoint.has_state(state.get(param, {})):
-                _show(make_slots(state_format, [(param, name)], torch.device("cpu"))[0], state)
+                show(make_slots(state_format, [(param, name)], torch.device("cpu")), state)
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""
         fresh = [slot for slot in slots if not slot.entry]
-        for slot in fresh:
-            _show(slot, state)
+        show(fresh, state)
         if fresh:
-            self._remember(state)
-
-    def _remember(self, state: State) -> None:
-        entries = (entry for entry in state.values() if isinstance(entry, Mapping))
-        self._shown = [value for entry in entries for value in entry.values()]
+            self._shown.remember(state)
 
     # Steps
 
@@ -323,24 +287,6 @@ class Store:
             self._limits[device] = budget
             self._page_bytes[device] = min(largest_page(), budget // STAGES)
 
-    @lasting()
-    def park(self, state: State) -> None:
-        """Take what others have put into ``state`` to the host as it is, while nothing has a place yet.
-
-        Raises:
-            MemoryError: the host's memory is too small; nothing is changed then.
-        """
-        away = [
-            (entry, key, tensor)
-            for entry in state.values()
-            if isinstance(entry, MutableMapping)
-            for key, tensor in entry.items()
-            if isinstance(tensor, Tensor) and tensor.device.type != "cpu"
-        ]
-        require_host(sum(tensor.nbytes for _, _, tensor in away), "offloaded optimizer state")
-        for entry, key, tensor in away:
-            entry[key] = tensor.cpu()
-
     def offload(self, state: State) -> None:
         """Take resident state to the host, and hand back the staging buffers.
 
@@ -373,10 +319,8 @@ class Store:
                     if for_good:
                         buffer.paged = to_host
             finally:  # also if memory ran out halfway
-                for slot in self.slots.values():
-                    if slot.entry:
-                        _show(slot, state)
-                self._remember(state)
+                show([slot for slot in self.slots.values() if slot.entry], state)
+                self._shown.remember(state)
 
     def memory(self) -> dict[str, int]:
         """Bytes by place and by format."""
@@ -391,11 +335,6 @@ class Store:
 
 def _shape(shape: torch.Size, is_complex: bool) -> str:
     return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
-
-
-def _show(slot: Slot, state: State) -> None:
-    """Let ``state`` show a slot's memory, beside what others keep there."""
-    state[slot.param] = {**slot.attach(), **checkpoint.others_of(state.get(slot.param, {}))}
 
 
 def _by_device(work: Work) -> dict[torch.device, Work]:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import is_trained, name_of
-from adamw_triton.batch import Batch, Item
 from adamw_triton.checkpoint import has_state
-from adamw_triton.placing import Wanted
+from adamw_triton.places.placing import Wanted
+from adamw_triton.places.shown import park
+from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
+from adamw_triton.state.buffers import State
 from adamw_triton.state.formats import as_real, format_for
 from adamw_triton.state.placement import Policy
-from adamw_triton.stepped import Apart, Facts, Groups, Stepped
-from adamw_triton.store import State, Store
+from adamw_triton.step.batch import Batch, Item
+from adamw_triton.step.stepped import Apart, Facts, Groups, Stepped
 from adamw_triton_kernels import tables
 
 _KEPT_BATCHES = 16
@@ -63,7 +65,7 @@ class Reservations:
         if self._chooser.decided:
             self.store.offload(state)
         else:
-            self.store.park(state)
+            park(state)
 
     def rehearse(self, groups: Groups, state: State, grads: Sequence[Tensor]) -> bool:
         """Whether the step that begins is none: it comes before it is decided what places there are, and

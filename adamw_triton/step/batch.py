@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
+from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
 

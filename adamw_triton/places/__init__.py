@@ -1,0 +1,1 @@
+"""Where the state of every parameter is, and who asks for it."""

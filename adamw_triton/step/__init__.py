@@ -1,0 +1,1 @@
+"""One step: what it is given, its launches, its numbers, and that it is written whole."""
