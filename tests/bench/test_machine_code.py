@@ -126,6 +126,7 @@ THREADS = {"sm_75": 128, "sm_90": 128, "sm_100": 128, "gfx942": 256, "gfx1100": 
 targets = pytest.mark.parametrize("target", THREADS)
 
 
+@pytest.mark.slow
 @targets
 def test_a_copy_moves_each_element_once_in_the_widest_accesses(measured, target):
     copy = measured[f"copy {target}"]

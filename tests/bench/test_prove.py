@@ -264,6 +264,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_breaks_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -294,6 +295,7 @@ def test_the_shares_are_what_there_is() -> None:
     assert suites[:7] == ["gputests", "sanitize", "step", "paged", "train", "memory", "host"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in full, there")
 def test_the_command_runs_through_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results, out = tmp_path / "results", tmp_path / "out"

@@ -53,6 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "Task", lambda **_: tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "paged", "memory", "train", "convergence", "roofline"])
 @pytest.mark.usefixtures("small")
 def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ def formula(key: str, m: Codec, v: Codec) -> Format:
     return Format(key, key, lambda p, lr, betas, eps: FormulaAdamW(p, lr, betas, eps, (m, v), min_size=0))
 
 
+@pytest.mark.slow
 def test_a_broken_format_does_not_converge() -> None:
     """m is forgotten: no momentum is left, and the bias correction makes a tenth of the steps."""
     task = convergence.Task(width=32, depth=1, batch=4, context=32, steps=60)
@@ -206,6 +208,7 @@ def test_memory_predicts_by_the_optimizers_own_placement(key: str, host: int | N
     assert predicted == (None if host is None else memory.Bytes(0, host))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts resident pages there")
 def test_memory_measures_what_a_step_takes() -> None:
     """In a process of its own, as the suite is: another test's freed memory would be used anew."""

@@ -365,6 +365,7 @@ def test_too_little_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 FEW = ((70, 70), (64, 128), (3,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variants", [("32bit", "8bit"), ("8bit", "32bit"), ("8bit", "8bit")], ids=str)
 @pytest.mark.parametrize("had_state", [True, False])
 def test_memory_that_runs_out_halfway(

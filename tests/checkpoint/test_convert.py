@@ -328,6 +328,7 @@ print(max(highest, anonymous()) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_memory_does_not_grow_with_the_checkpoint(suffix: str) -> None:

@@ -203,6 +203,7 @@ torch.save(optimizer.state_dict(), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_torchao_is_read_without_torchao(tmp_path: Path) -> None:
     params, optimizer = trained("torchao 8-bit")
     torch.save(optimizer.state_dict(), tmp_path / "in.pt")
@@ -228,6 +229,7 @@ BETAS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("betas", BETAS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["8bit", "paged_8bit"])

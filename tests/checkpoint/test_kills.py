@@ -16,6 +16,7 @@ KILLS = int(os.environ.get("ADAMW_TRITON_KILLS", "24"))
 """In all; ``ADAMW_TRITON_KILLS=100 pytest tests/checkpoint/test_kills.py`` for the full count."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_resume_with_the_same_bits() -> None:
     each = -(-KILLS // 12)

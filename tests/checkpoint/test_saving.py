@@ -163,6 +163,7 @@ print(state, status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("variant", ["paged_32bit", "paged_8bit"])
 def test_peak_memory_while_saving_paged_state(variant: str, tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ def test_an_estimate_by_other_rules_says_so(tmp_path: Path, capsys: pytest.Captu
     assert found["activations_from"].endswith("; as if a gpt2 were a Llama of its sizes")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_prints_nothing_but_json(tmp_path: Path) -> None:
     """Whatever transformers and what it imports would like to say."""
     pytest.importorskip("transformers")

@@ -29,6 +29,7 @@ def console():
     return Console(file=io.StringIO(), width=80)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_every_optimizer_gets_a_result_a_row_and_a_curve(tmp_path, console):
     picture = tmp_path / "loss.png"
@@ -65,6 +66,7 @@ def test_8bit_state_is_about_a_quarter_of_torchs(tmp_path, console):
     assert 2 < ours.state_bytes_per_parameter < 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("bits", ["32bit", "8bit"])
 def test_paging_changes_nothing_but_the_place(bits, tmp_path, console):

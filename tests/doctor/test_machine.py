@@ -29,6 +29,7 @@ def test_the_trial_really_compiles_or_runs_the_kernels(monkeypatch: pytest.Monke
     assert Machine().trial(["32bit", "8bit"]) is None
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_tells_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Machine().trial(["16bit"]) == "KeyError: '16bit'"
 

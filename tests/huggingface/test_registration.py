@@ -22,6 +22,7 @@ TRAINER = (
 )
 
 
+@pytest.mark.slow
 def test_transformers_is_missing() -> None:
     code = "import sys; sys.modules['transformers'] = None; import adamw_triton.huggingface"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -133,6 +133,7 @@ def test_round_trips(optim: str, tmp_path: Path) -> None:
     assert torch.load(file, weights_only=False).optim is args.optim
 
 
+@pytest.mark.slow
 def test_a_spawned_child_that_has_not_registered_knows_them(tmp_path: Path) -> None:
     """Data loaders and launchers spawn; unpickling the arguments registers."""
     context = multiprocessing.get_context("spawn")

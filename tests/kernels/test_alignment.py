@@ -53,6 +53,7 @@ class Problem:
 flags = st.lists(st.booleans(), min_size=len(NUMELS), max_size=len(NUMELS))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     state_format=st.sampled_from([Float32(), Float32(amsgrad=True), Blockwise8(128)]),

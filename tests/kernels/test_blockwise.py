@@ -92,6 +92,7 @@ def test_the_lowest_codes_are_rounded_up(phase: int, exact: float) -> None:
     assert (decode_8bit(state, 128)[1][1:] >= v[1:] / ROUNDING).all()
 
 
+@pytest.mark.slow
 def test_v_is_unbiased_over_the_phases() -> None:
     exact = torch.linspace(COARSE + 1, 250, 256, dtype=torch.float64)
     v = ((exact / 255) ** 4).float()

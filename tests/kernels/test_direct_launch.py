@@ -18,6 +18,7 @@ def test_the_launcher_is_given_what_the_kernel_takes(name: str, target: str) -> 
     assert all(found.values()), found
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_to_compile_or_load_leaves_all_as_it_was() -> None:
     """Two kernels: neither is launched before both are there, and the next step launches both."""
     assert stub.report(stub.failing, "sm_90") == {"found": [[0, 2]] * 6}

@@ -173,6 +173,7 @@ def test_a_step_is_that_of_float64(
         check_step(run, torch.randn(run.numel, generator=generator) * 10.0**exponent, how)
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-8])
 def test_finite_gradients_leave_weights_finite_wherever_torch_does(
@@ -216,6 +217,7 @@ def overflown(backend: str, growth: float, bad: float) -> Run:
     return run
 
 
+@pytest.mark.slow
 @needs_minima
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("bad", [1e25, math.inf, -math.inf, math.nan])

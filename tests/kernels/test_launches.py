@@ -80,6 +80,7 @@ def model(device: str, variant: str) -> adamw_triton.AdamW:
     return adamw_triton.AdamW(groups, lr=0.1, variant=variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("variant", "kernels"), [("32bit", ["adamw_32bit"]), ("8bit", ["adamw_32bit", "adamw_8bit"])]

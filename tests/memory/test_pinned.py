@@ -211,12 +211,14 @@ def handed_back(registering: list[str]) -> list[str]:
     return ["synchronize", *(f"un{line}" for line in registering)]
 
 
+@pytest.mark.slow
 def test_the_interpreters_exit_hands_back_what_is_left() -> None:
     said = said_by(AT_EXIT)
     assert len(said) == 2 + 1 + 3
     assert said[2:] == ["end", *handed_back(said[:2])]
 
 
+@pytest.mark.slow
 def test_a_forked_child_hands_nothing_back() -> None:
     """Neither when its copy of the last tensor goes, nor when it exits: the registration is its parent's."""
     said = said_by(FORKED)
@@ -260,6 +262,7 @@ say(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="not Linux")
 def test_a_forked_child_has_no_copy_and_keeps_what_it_puts_there() -> None:
     """Pinned pages would be copied at once. Where they were, the child has room for others, which the
@@ -290,6 +293,7 @@ print(json.dumps(max(sizes[1:]) - sizes[0]))
 """
 
 
+@pytest.mark.slow
 def test_fifty_pieces_of_memory_and_three_refused_ones_leave_none_behind() -> None:
     (grown,) = map(json.loads, said_by(REPEAT))
     assert grown < 64 << 20

@@ -27,6 +27,7 @@ print(json.dumps({"extra": peak() - before, "state": state}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["32bit", "8bit"])
 def test_temporaries_are_bounded_whatever_the_size(variant: str, backend: str) -> None:
     if backend != "torch":

@@ -139,6 +139,7 @@ def several_pages(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "call", mark)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_call_that_can_fail_fails_before_anything_is_written(variant: str, steps: int) -> None:

@@ -62,7 +62,10 @@ class Story:
 
 
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
-@pytest.mark.parametrize("transfer", ["copy", "zero_copy", "auto"])
+@pytest.mark.parametrize(
+    "transfer",
+    ["copy", pytest.param("zero_copy", marks=pytest.mark.slow), pytest.param("auto", marks=pytest.mark.slow)],
+)
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -95,6 +98,7 @@ class small_pages:
         self.patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
 @pytest.mark.parametrize("page_bytes", PAGE_SIZES)
 def test_one_tensor_over_many_pages(bits_: str, page_bytes: int) -> None:
@@ -130,6 +134,7 @@ def test_parameters_in_any_order_of_memory(layout: Callable[[torch.Tensor], torc
     assert paged == train("8bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
 def test_on_the_simulated_device_in_a_thousand_orders(bits_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole optimizer, with the real update."""

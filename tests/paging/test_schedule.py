@@ -105,6 +105,7 @@ SITUATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_a_thousand_random_orders_give_the_sequential_bits(name: str) -> None:
     situation = SITUATIONS[name]

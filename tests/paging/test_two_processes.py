@@ -30,6 +30,7 @@ def start(device: str, variant: str, seed: int) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "variant"), CASES)
 def test_two_processes_at_once_get_the_bits_of_one_alone(
     device: str, variant: str, monkeypatch: pytest.MonkeyPatch

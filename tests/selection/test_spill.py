@@ -107,6 +107,7 @@ def loop_on(monkeypatch: pytest.MonkeyPatch, quiet: int = 3) -> Loop:
     return Loop(simulated, optimizer_on(simulated))
 
 
+@pytest.mark.slow
 def test_one_failure_of_anybody_does_not_spill_for_good(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +144,7 @@ def test_what_training_itself_came_to_need_stays_free(monkeypatch: pytest.Monkey
     assert loop.failures == [0]
 
 
+@pytest.mark.slow
 def test_a_need_that_comes_again_and_again_is_met_by_ever_longer_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
