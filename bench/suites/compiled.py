@@ -62,6 +62,7 @@ def summary(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequen
         reports = [r for case, r in found.items() if (case.capability, case.kernel) == (capability, kernel)]
         made = [one for one in changed if (one.case.capability, one.case.kernel) == (capability, kernel)]
         wrong = sum(len(each.problems) for each in reports) + len(far.get((capability, kernel), ()))
+        spilling = sum(bool(one.local) for one in made)
         codes = [max(_figures(reports, f"{name} that differ"), default=0.0) for name in _CODES]
         rows.append(
             [
@@ -72,7 +73,7 @@ def summary(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequen
                 "" if KERNELS[kernel].block else report.number(max(_figures(reports, "exp_avg_sq, ulps"))),
                 " ".join(report.number(share) for share in codes) if KERNELS[kernel].block else "",
                 str(sum(bool(one.fused) for one in made)),
-                str(sum(bool(one.local) for one in made)),
+                Cell(str(spilling), "bad" if spilling else "good"),
             ]
         )
     columns = [
@@ -107,13 +108,14 @@ def known(found: Found) -> Table:
     return Table("Differences with a known cause", ["kind", "elements", "example"], rows)
 
 
-def unexplained(found: Found, far: dict[tuple[int, str], list[str]]) -> Table:
+def unexplained(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequence[Assembled]) -> Table:
     rows = [[str(case), problem] for case, each in found.items() for problem in each.problems]
     rows += [
         [f"sm_{capability} {kernel}", f"huge: {line}"]
         for (capability, kernel), lines in far.items()
         for line in lines
     ]
+    rows += [[str(one.case), f"spills: {one.local}"] for one in changed if one.local]
     return Table("Unexplained", ["build", "what"], rows)
 
 
@@ -121,7 +123,7 @@ def unexplained(found: Found, far: dict[tuple[int, str], list[str]]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print, write; 1 if anything differs without a known cause."""
+    """Run, print, write; 1 if anything differs without a known cause, or a build spills."""
     parser = argparse.ArgumentParser(prog="python -m bench compiled", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="two targets, two pairs of dtypes; written only with --out"
@@ -155,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 [(capability, kernel) for capability in capabilities for kernel in KERNELS],
             )
             changed = run("machine code", assembled, todo)
+    wrong = unexplained(found, far, list(changed.values()))
     tables = [
         summary(found, far, list(changed.values())),
-        unexplained(found, far),
+        wrong,
         known(found),
         work.table(work.count()),
     ]
@@ -171,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_of = {**report.environment("compiled", list(argv or ()), 0), "seconds": seconds}
         report.save(out, "compiled", run_of, tables, data(found, far, list(changed.values())))
         console.print(f"written to {out}")
-    return int(any(each.problems for each in found.values()) or any(far.values()))
+    return int(bool(wrong.rows))
 
 
 def data(found: Found, far: dict[tuple[int, str], list[str]], changed: Sequence[Assembled]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def build(
 def _tile(
     param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-    PARAM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    PARAM: tl.constexpr, PARAM_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, SIZE // BLOCK)
     at = start + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -76,13 +77,19 @@ def _tile(
     # Elements past the end must not raise their block's peaks.
     OTHER: tl.constexpr = 0 if MASKED else None
     block_mask = start + block * BLOCK < count if MASKED else None
+    # Where a thread can take but one parameter at a time, a warp's should be neighbours: taken in a row, not
+    # by blocks. For accesses of one shape get one layout, with as many elements a thread as the widest takes:
+    # in that of the codes, scalar loads would touch 16 times the bytes that they want.
+    near = at if 8 * PARAM_ALIGN > PARAM.primitive_bitwidth else start + tl.arange(0, SIZE)
+    near_mask = near < count if MASKED else None
     m_scales += start // BLOCK
     v_scales += start // BLOCK
 
-    g = tl.load(grad + at, mask, OTHER).to(tl.float32) * grad_scale
-    p = tl.load(param + at, mask, OTHER).to(tl.float32)
+    # The parameters last: in another order some builds spill (`python -m bench compiled`).
+    g = tl.reshape(tl.load(grad + near, near_mask, OTHER), at.shape).to(tl.float32) * grad_scale
     q = tl.load(v_codes + at, mask, OTHER).to(tl.float32)
     r = tl.load(m_codes + at, mask, OTHER).to(tl.float32)
+    p = tl.reshape(tl.load(param + near, near_mask, OTHER), at.shape).to(tl.float32)
     v_scale = tl.load(v_scales + block, block_mask, OTHER).to(tl.float32)
     m_scale = tl.load(m_scales + block, block_mask, OTHER).to(tl.float32)
 
@@ -96,7 +103,7 @@ def _tile(
     m = tl.fma(lerp1, g, m)
     root_v = tl.sqrt(tl.fma(lerp2, g * g, v))
     p = new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay)
-    tl.store(param + at, to_dtype(p, PARAM), mask)
+    tl.store(param + near, tl.reshape(to_dtype(p, PARAM), near.shape), near_mask)
 
     v_scale = sticky_scale(v_scale, tl.max(root_v, 1))
     per_unit = levels_per_unit(v_scale)
@@ -135,11 +142,11 @@ def _kernel(
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, BLOCK, TILE, False,
+            PARAM, PARAM_ALIGN, BLOCK, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, BLOCK, TAIL, True,
+            PARAM, PARAM_ALIGN, BLOCK, TAIL, True,
         )  # fmt: skip
