@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from adamw_triton_kernels.launch import Build, locate, prepare
-from adamw_triton_kernels.rounding import to_dtype
+from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
+from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, mix, new_weight
-from adamw_triton_kernels.work import Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import NEAREST, Arrays, Call, Layout, Update
 
 THREADS = 128
 TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
@@ -25,39 +25,52 @@ def adamw_32bit(
     state: Arrays,
     layout: Layout,
     hyper: torch.Tensor,
+    weights: str,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
     amsgrad = "max_exp_avg_sq" in state
     largest = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"  # not read without amsgrad
-    names = ("exp_avg", "exp_avg_sq", largest)
-    return prepare(build, params, grads, names, layout, hyper, AMSGRAD=amsgrad)
+    kept = weights if weights in KEPT else "exp_avg"  # not read then
+    names = ("exp_avg", "exp_avg_sq", largest, kept)
+    return prepare(build, params, grads, names, layout, hyper, AMSGRAD=amsgrad, WEIGHTS=weights)
 
 
 def build(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, *, aligned: bool = True, AMSGRAD: bool = False
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+    AMSGRAD: bool = False,
+    WEIGHTS: str = NEAREST,
 ) -> Build:
-    """The specialization that is compiled for these dtypes."""
+    """The specialization that is compiled for these dtypes and this way to keep weights."""
     return Build.of(
         _kernel,
         param_dtype,
         grad_dtype,
         aligned,
-        state={"exp_avg": "*fp32", "exp_avg_sq": "*fp32", "max_exp_avg_sq": "*fp32"},
-        constexprs={"AMSGRAD": AMSGRAD, "TILE": TILE, "TAIL": TAIL},
+        state={
+            "exp_avg": "*fp32",
+            "exp_avg_sq": "*fp32",
+            "max_exp_avg_sq": "*fp32",
+            "kept": KEPT.get(WEIGHTS, "*fp32"),
+        },
+        constexprs={"AMSGRAD": AMSGRAD, "WEIGHTS": WEIGHTS, "TILE": TILE, "TAIL": TAIL},
         threads=THREADS,
     )
 
 
 @triton.jit
 def _tile(
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
-    PARAM: tl.constexpr, AMSGRAD: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
+    PARAM: tl.constexpr, AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr,
+    SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, SIZE)
     mask = at < count if MASKED else None
     g = tl.load(grad + at, mask).to(tl.float32) * grad_scale
-    p = tl.load(param + at, mask).to(tl.float32)
+    p = read_weight(tl.load(param + at, mask), kept, at, mask, None, WEIGHTS)
     if AMSGRAD:  # with the others: later, it would cost registers that sm_86 does not have
         largest = tl.load(max_exp_avg_sq + at, mask)
     m = mix(tl.load(exp_avg + at, mask), g, gap1)
@@ -68,34 +81,35 @@ def _tile(
         v = tl.maximum(v, largest, propagate_nan=tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq + at, v, mask)
     p = new_weight(p, m, tl.sqrt(v), inv_root_correction2, eps, step_size, decay)
-    tl.store(param + at, to_dtype(p, PARAM), mask)
+    tl.store(param + at, write_weight(p, kept, at, mask, first + at, phase, PARAM, WEIGHTS), mask)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
-    addresses, tensors, chunks, hyper, exp_avg, exp_avg_sq, max_exp_avg_sq, n_tensors, chunk_size,
+    addresses, tensors, chunks, hyper, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, n_tensors, chunk_size,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
-    AMSGRAD: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, _first, row = locate(
+    param, grad, offset, count, first, row = locate(
         addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, _phase = load_hyper(hyper, row)
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset
+    kept += offset
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
     # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
     for start in range(0, count - TILE + 1, TILE):
         _tile(
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
-            PARAM, AMSGRAD, TILE, False,
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
+            PARAM, AMSGRAD, WEIGHTS, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, start, count,
-            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay,
-            PARAM, AMSGRAD, TAIL, True,
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
+            PARAM, AMSGRAD, WEIGHTS, TAIL, True,
         )  # fmt: skip

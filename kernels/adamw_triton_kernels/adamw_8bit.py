@@ -18,10 +18,10 @@ from adamw_triton_kernels.blockwise import (
     ratio_scale,
     sticky_scale,
 )
-from adamw_triton_kernels.launch import Build, locate, prepare
-from adamw_triton_kernels.rounding import to_dtype
+from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
+from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
-from adamw_triton_kernels.work import Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import NEAREST, Arrays, Call, Layout, Update
 
 THREADS = 128
 TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
@@ -37,17 +37,24 @@ def adamw_8bit(
     state: Arrays,
     layout: Layout,
     hyper: torch.Tensor,
+    weights: str,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
     names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
+    kept = weights if weights in KEPT else names[0]  # not read then
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    return prepare(build, params, grads, names, layout, hyper, BLOCK=block)
+    return prepare(build, params, grads, (*names, kept), layout, hyper, BLOCK=block, WEIGHTS=weights)
 
 
 def build(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, *, aligned: bool = True, BLOCK: int = 128
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+    BLOCK: int = 128,
+    WEIGHTS: str = NEAREST,
 ) -> Build:
-    """The specialization that is compiled for these dtypes and this block size."""
+    """The specialization that is compiled for these dtypes, this block size and this way to keep weights."""
     return Build.of(
         _kernel,
         param_dtype,
@@ -58,17 +65,18 @@ def build(
             "exp_avg_scales": "*bf16",
             "exp_avg_sq_codes": "*u8",
             "exp_avg_sq_scales": "*bf16",
+            "kept": KEPT.get(WEIGHTS, "*i8"),
         },
-        constexprs={"BLOCK": BLOCK, "TILE": TILE, "TAIL": TAILS[BLOCK]},
+        constexprs={"BLOCK": BLOCK, "WEIGHTS": WEIGHTS, "TILE": TILE, "TAIL": TAILS[BLOCK]},
         threads=THREADS,
     )
 
 
 @triton.jit
 def _tile(
-    param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+    param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-    PARAM: tl.constexpr, PARAM_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, PARAM_ALIGN: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
     SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, SIZE // BLOCK)
@@ -89,7 +97,8 @@ def _tile(
     g = tl.reshape(tl.load(grad + near, near_mask, OTHER), at.shape).to(tl.float32) * grad_scale
     q = tl.load(v_codes + at, mask, OTHER).to(tl.float32)
     r = tl.load(m_codes + at, mask, OTHER).to(tl.float32)
-    p = tl.reshape(tl.load(param + near, near_mask, OTHER), at.shape).to(tl.float32)
+    p = tl.reshape(tl.load(param + near, near_mask, OTHER), at.shape)
+    p = read_weight(p, kept, at, mask, OTHER, WEIGHTS)
     v_scale = tl.load(v_scales + block, block_mask, OTHER).to(tl.float32)
     m_scale = tl.load(m_scales + block, block_mask, OTHER).to(tl.float32)
 
@@ -103,7 +112,8 @@ def _tile(
     m = tl.fma(lerp1, g, m)
     root_v = tl.sqrt(tl.fma(lerp2, g * g, v))
     p = new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay)
-    tl.store(param + near, tl.reshape(to_dtype(p, PARAM), near.shape), near_mask)
+    p = write_weight(p, kept, at, mask, first + at, phase, PARAM, WEIGHTS)
+    tl.store(param + near, tl.reshape(p, near.shape), near_mask)
 
     v_scale = sticky_scale(v_scale, tl.max(root_v, 1))
     per_unit = levels_per_unit(v_scale)
@@ -123,9 +133,9 @@ def _tile(
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
     addresses, tensors, chunks, hyper, exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales,
-    n_tensors, chunk_size,
+    kept, n_tensors, chunk_size,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     param, grad, offset, count, first, row = locate(
         addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
@@ -135,18 +145,19 @@ def _kernel(
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
+    kept += offset
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
     # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
     for start in range(0, count - TILE + 1, TILE):
         _tile(
-            param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+            param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, PARAM_ALIGN, BLOCK, TILE, False,
+            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
         _tile(
-            param, grad, m_codes, m_scales, v_codes, v_scales, start, count, first,
+            param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, PARAM_ALIGN, BLOCK, TAIL, True,
+            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TAIL, True,
         )  # fmt: skip

@@ -167,31 +167,33 @@ def _encoded_root_v(root_v: Tensor, per_unit: Tensor, dither: Tensor) -> Tensor:
 
 
 class Dither(NamedTuple):
-    """A Weyl sequence over elements and steps, evenly spread over both: (index*0xC13FA9A9 + phase) mod 2**32,
-    as int32 bits. Of a sum of indices it is the sum."""
+    """A Weyl sequence over elements and steps, evenly spread over both: (index*element + phase) mod 2**32, as
+    int32 bits. Of a sum of indices it is the sum."""
 
     blocks: Tensor
     """[blocks, 1]: of each block's first element, counted from the first block."""
     steps: Tensor
     """[block]: from there to each element."""
+    element: int
+    """From one element to the next."""
 
     @classmethod
-    def of(cls, numel: int, block: int, device: torch.device) -> Dither:
+    def of(cls, numel: int, block: int, device: torch.device, element: int = DITHER_ELEMENT) -> Dither:
         """Of at most so many elements."""
         count = -(-numel // block)
         index = torch.arange(max(count, block), device=device)
-        blocks, steps = index[:count, None] * _signed(block * DITHER_ELEMENT), index[:block] * DITHER_ELEMENT
-        return cls(blocks.to(torch.int32), steps.to(torch.int32))
+        blocks, steps = index[:count, None] * _signed(block * element), index[:block] * element
+        return cls(blocks.to(torch.int32), steps.to(torch.int32), element)
 
     def starts(self, spans: Sequence[Span], phase: int) -> Tensor:
         """[blocks, 1] of these, each of which begins with a block."""
         block, first = self.steps.numel(), spans[0].first
         sizes = [-(-span.numel // block) for span in spans]
-        starts = self.blocks[: sum(sizes)] + _signed(first * DITHER_ELEMENT + phase)
+        starts = self.blocks[: sum(sizes)] + _signed(first * self.element + phase)
         if len(spans) > 1:
             begins = itertools.accumulate(sizes, initial=0)
             jumps = [s.first - first - begin * block for s, begin in zip(spans, begins, strict=False)]
-            shifts = [_signed(jump * DITHER_ELEMENT) for jump in jumps]
+            shifts = [_signed(jump * self.element) for jump in jumps]
             torch._foreach_add_(starts.split_with_sizes(sizes), shifts)
         return starts
 

@@ -26,12 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import Arrays, Call, Layout
+from adamw_triton_kernels.work import MASTER, REMAINDER, Arrays, Call, Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 ALIGNMENT = 16
 """Bytes: the widest access of a thread."""
 
+KEPT = {REMAINDER: "*i16", MASTER: "*fp32"}
+"""Of the state array that goes with a weight, by how weights are kept."""
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

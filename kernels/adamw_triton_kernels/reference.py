@@ -15,6 +15,7 @@ gradients above 1.8e19, is infinite and stops its weight: with 32-bit state for 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -37,7 +38,8 @@ from adamw_triton_kernels.codes import (
 )
 from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.runs import Run, runs
-from adamw_triton_kernels.work import Arrays, Call, Layout, Update
+from adamw_triton_kernels.weights import ELEMENT, PHASE, read, write
+from adamw_triton_kernels.work import STOCHASTIC, Arrays, Call, Layout, Update
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -45,62 +47,120 @@ CHUNK = 1 << 18
 FUSED_CHUNK = 1 << 20  # of 8-bit state, compiled: two temporaries, and a call costs more
 WHOLE = 1 << 62  # of 32-bit state, compiled: no temporaries
 GATHERED = 1 << 17  # of several small tensors with 32-bit state
+ALIGNMENT = 32  # elements: where 32-bit state of a tensor begins
 TEMPORARIES = 48  # bytes an element, at most, that are in use at a time
 
 
 @Update
 def adamw_32bit(
-    params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Arrays,
+    layout: Layout,
+    hyper: Tensor,
+    weights: str,
 ) -> Call:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
-    update = _update_amsgrad if "max_exp_avg_sq" in state else _update
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: len(state)]
-    rows = Row.of_all(hyper)
+    amsgrad = "max_exp_avg_sq" in state
+    update = _update_32bit(weights, amsgrad)
+    names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad, *[weights] * (weights in state)]
+    rows, phases = Row.of_all(hyper), _phases(hyper)
+    longest = FUSED_CHUNK if weights == STOCHASTIC else WHOLE
+    dither = _dither_of(weights, min(sum(layout.numels), longest), ALIGNMENT, params[0].device)
 
     def step(run: Run, arrays: Arrays) -> None:
-        update(run.param, run.grad, *[arrays[name][run.at] for name in names], *rows[run.row])
+        own = [arrays[name][run.at] for name in names]
+        if dither is not None:
+            bits = dither.starts(run.spans, phases[run.row] * PHASE) + dither.steps
+            own.append(bits.view(-1)[: run.param.numel()])
+        update(run.param, run.grad, *rows[run.row], *own)
 
-    lengths = {"plain": (CHUNK, GATHERED), "compiled": (WHOLE, GATHERED)}
-    return _prepared(step, names, params, grads, state, layout, **lengths)
-
-
-@fused
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *numbers: Tensor) -> None:
-    row = Row(*numbers)
-    _new_moments(m, v, g, row)
-    p.copy_(_new_weight(p, m, sqrt(v), row))
+    lengths = {"plain": (CHUNK, GATHERED), "compiled": (longest, GATHERED)}
+    return _prepared(step, (weights, amsgrad), params, grads, state, layout, **lengths)
 
 
-@fused
-def _update_amsgrad(p: Tensor, g: Tensor, m: Tensor, v: Tensor, largest: Tensor, *numbers: Tensor) -> None:
-    row = Row(*numbers)
-    _new_moments(m, v, g, row)
-    largest.copy_(torch.maximum(largest, v))
-    p.copy_(_new_weight(p, m, sqrt(largest), row))
+@functools.cache
+def _update_32bit(weights: str, amsgrad: bool) -> Callable[..., None]:
+    @fused
+    def update(p: Tensor, g: Tensor, *tensors: Tensor) -> None:
+        row, (m, v, *others) = _unpacked(tensors)
+        largest, kept = others[:amsgrad], others[amsgrad:]
+        _new_moments(m, v, g, row)
+        if largest:
+            v = largest[0].copy_(torch.maximum(largest[0], v))
+        write(_new_weight(read(p, kept, weights), m, sqrt(v), row), p, kept, weights)
+
+    return update
 
 
 @Update
 def adamw_8bit(
-    params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Arrays,
+    layout: Layout,
+    hyper: Tensor,
+    weights: str,
 ) -> Call:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    dither = Dither.of(min(sum(layout.numels), FUSED_CHUNK), block, params[0].device)
-    rows, phases = Row.of_all(hyper), hyper[:, 7].view(torch.int32).tolist()
+    most, device = min(sum(layout.numels), FUSED_CHUNK), params[0].device
+    dither = Dither.of(most, block, device)
+    other_dither = _dither_of(weights, most, block, device)
+    rows, phases = Row.of_all(hyper), _phases(hyper)
+    update = _update_8bit(weights)
 
     def step(run: Run, arrays: Arrays) -> None:
         p, g, row, at, spans = run
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in arrays.items()}
-        weight = blocks_of(p, block)
-        m, root_v, peaks = _update_8bit(weight, blocks_of(g, block), *rows_of(part, block), *rows[row])
+        weight, kept = blocks_of(p, block), [blocks_of(part[weights], block)] if weights in part else []
+        given = [weight, blocks_of(g, block), *rows[row], *rows_of(part, block), *kept]
+        if other_dither is not None:
+            given += [other_dither.starts(spans, phases[row] * PHASE), other_dither.steps]
+        m, root_v, peaks = update(*given)
         put(p, weight)
+        for array in kept:
+            put(part[weights], array)
         encode(m, root_v, peaks, part, dither.starts(spans, phases[row]), dither.steps)
 
     lengths = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
-    return _prepared(step, block, params, grads, state, layout, **lengths)
+    return _prepared(step, (weights, block), params, grads, state, layout, **lengths)
+
+
+@functools.cache
+def _update_8bit(weights: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    @fused
+    def update(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Updates p; the new m and sqrt(v), and the largest sqrt(v) of each block."""
+        row, (r, r_scale, q, q_scale, *kept) = _unpacked(tensors)
+        m, v = decoded(r, r_scale, q, q_scale)
+        _new_moments(m, v, g, row)
+        root_v = sqrt(v)
+        if weights == STOCHASTIC:
+            kept = [kept[0] + kept[1]]
+        write(_new_weight(read(p, kept, weights), m, root_v, row), p, kept, weights)
+        return m, root_v, peaks_of(root_v)
+
+    return update
+
+
+def _phases(hyper: Tensor) -> list[int]:
+    """Of each row."""
+    phases: list[int] = hyper[:, 7].view(torch.int32).tolist()
+    return phases
+
+
+def _dither_of(weights: str, numel: int, block: int, device: torch.device) -> Dither | None:
+    """Of the weights."""
+    return Dither.of(numel, block, device, ELEMENT) if weights == STOCHASTIC else None
+
+
+def _unpacked(tensors: Sequence[Tensor]) -> tuple[Row, Sequence[Tensor]]:
+    numbers = len(Row._fields)
+    return Row(*tensors[:numbers]), tensors[numbers:]
 
 
 def _prepared(
@@ -163,19 +223,6 @@ def _rehearse(
     layout.tables[key] = True
 
 
-@fused
-def _update_8bit(
-    p: Tensor, g: Tensor, r: Tensor, r_scale: Tensor, q: Tensor, q_scale: Tensor, *numbers: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates p; the new m and sqrt(v), and the largest sqrt(v) of each block."""
-    row = Row(*numbers)
-    m, v = decoded(r, r_scale, q, q_scale)
-    _new_moments(m, v, g, row)
-    root_v = sqrt(v)
-    p.copy_(_new_weight(p, m, root_v, row))
-    return m, root_v, peaks_of(root_v)
-
-
 class Row(NamedTuple):
     """A row of the hyper table as the arithmetic takes it: tensors of no dimension."""
 
@@ -224,7 +271,6 @@ def _mix(old: Tensor, new: Tensor, forgets: Tensor, of_old: Tensor, of_new: Tens
 
 def _new_weight(p: Tensor, m: Tensor, root_v: Tensor, row: Row) -> Tensor:
     """p - lr/correction1 * (m / (sqrt(v)/sqrt(correction2) + eps) + decay*p)"""
-    p = p.float()
     update = m / (root_v * row.inv_root_correction2).add_(row.eps)
     weight: Tensor = p - update.add_(p * row.decay).mul_(row.step_size)
     return weight

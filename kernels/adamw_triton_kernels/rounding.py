@@ -1,4 +1,4 @@
-"""Rounding to the parameter's dtype, and the dither of the 8-bit code."""
+"""How a weight is kept, and the dither of the 8-bit code. Plain torch: ``weights.py``, ``codes.py``."""
 
 import os
 
@@ -11,6 +11,8 @@ import triton.language as tl
 ROUND_BITS = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 DITHER_ELEMENT = tl.constexpr(0xC13FA9A9)  # 2**32 / plastic number, to the nearest odd integer
+WEIGHT_ELEMENT = tl.constexpr(0x91E10DA5)  # 2**32 / plastic number**2
+WEIGHT_PHASE = tl.constexpr(0x7713F11F)  # see ``weights.py``
 
 
 @triton.jit
@@ -23,6 +25,47 @@ def to_dtype(x, DTYPE: tl.constexpr):
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def read_weight(p, kept, at, mask, OTHER: tl.constexpr, WEIGHTS: tl.constexpr):
+    """fp32, of the parameter's element and what its state array ``kept`` has at ``at``."""
+    if WEIGHTS == "remainder":
+        upper = p.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        lower = tl.load(kept + at, mask, OTHER).to(tl.int32).to(tl.uint32, bitcast=True)
+        return (upper + lower).to(tl.float32, bitcast=True)
+    elif WEIGHTS == "master":
+        master = tl.load(kept + at, mask, OTHER)
+        return tl.where(master.to(p.dtype) == p, master, p.to(tl.float32))
+    else:
+        return p.to(tl.float32)
+
+
+@triton.jit
+def write_weight(x, kept, at, mask, index, phase, PARAM: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Stores what goes into ``kept``; the parameter's element. ``index``: in the whole parameter."""
+    if WEIGHTS == "remainder":
+        bits = one_nan(x)
+        tl.store(kept + at, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask)
+        return upper_half(bits + 0x8000)
+    elif WEIGHTS == "stochastic":
+        noise = (index.to(tl.uint32) * WEIGHT_ELEMENT + phase * WEIGHT_PHASE) >> 16
+        return upper_half(one_nan(x) + noise)
+    else:
+        if WEIGHTS == "master":
+            tl.store(kept + at, x, mask)
+        return to_dtype(x, PARAM)
+
+
+@triton.jit
+def one_nan(x):
+    """The bits of x, of which what is added cannot make another number if it is NaN."""
+    return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+
+
+@triton.jit
+def upper_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

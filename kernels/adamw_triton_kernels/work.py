@@ -22,6 +22,9 @@ DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one eleme
 # zero, and a zero denominator would throw the weight.
 SMALLEST_EPS = 2.0**-63
 
+NEAREST, STOCHASTIC, REMAINDER, MASTER = "nearest", "stochastic", "remainder", "master"
+"""How a weight is kept, see ``weights.py``. The last two are names of state arrays, too."""
+
 
 class Hyper(NamedTuple):
     """The numbers that one step needs, as the arithmetic uses them; computed in double precision."""
@@ -139,7 +142,8 @@ Call = Callable[[Arrays], None]
 
 
 class Update:
-    """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table).
+    """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
+    weights are kept).
 
     In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
     sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
@@ -147,12 +151,29 @@ class Update:
     """
 
     def __init__(
-        self, prepare: Callable[[Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor], Call]
+        self, prepare: Callable[[Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor, str], Call]
     ) -> None:
-        self.prepare = prepare
+        self._prepare = prepare
         functools.update_wrapper(self, prepare)
 
+    def prepare(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Arrays,
+        layout: Layout,
+        hyper: Tensor,
+        weights: str = NEAREST,
+    ) -> Call:
+        return self._prepare(params, grads, state, layout, hyper, weights)
+
     def __call__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], state: Arrays, layout: Layout, hyper: Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Arrays,
+        layout: Layout,
+        hyper: Tensor,
+        weights: str = NEAREST,
     ) -> None:
-        self.prepare(params, grads, state, layout, hyper)(state)
+        self.prepare(params, grads, state, layout, hyper, weights)(state)
