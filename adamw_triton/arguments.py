@@ -37,7 +37,9 @@ VARIANTS = {
 }
 BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
-_OF_THE_OPTIMIZER = ("variant", "memory_budget", "transfer", "block_size")
+_OF_THE_OPTIMIZER = (
+    "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
@@ -65,6 +67,26 @@ def check_implementation(fused: object, foreach: object, differentiable: object)
             "differentiable=True needs a step that autograd can follow, and this one writes into memory by "
             "kernels of its own: use torch.optim.AdamW"
         )
+
+
+def check_weights(variant: str, master_weights: object, stochastic_rounding: object) -> tuple[str, ...]:
+    """How weights of 16 bits may be kept (``formats.WEIGHTS``), the best first."""
+    for name, value in (("master_weights", master_weights), ("stochastic_rounding", stochastic_rounding)):
+        if value not in ("auto", True, False):
+            raise ValueError(f"Invalid {name}: {value!r}; it must be 'auto', True or False")
+    if master_weights is True and stochastic_rounding is True:
+        raise ValueError(
+            "master_weights=True and stochastic_rounding=True contradict each other: exact weights lose "
+            "nothing, so there is nothing to round stochastically"
+        )
+    if master_weights is True:
+        return ("exact",)
+    if stochastic_rounding is True:
+        return ("stochastic",)
+    if not VARIANTS[variant].chosen:
+        return ("nearest",)
+    exact = ("exact",) if master_weights == "auto" else ()
+    return (*exact, "nearest" if stochastic_rounding is False else "stochastic")
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
@@ -167,15 +189,20 @@ def is_trained(param: Tensor) -> bool:
     return _fault(param) is None
 
 
-def check_new_param(param: Tensor, name: str) -> None:
+def check_new_param(param: Tensor, name: str, stochastic: bool = False) -> None:
     """Of a parameter that is handed over. What is frozen or not there yet may be anything until it is
-    stepped.
+    stepped. ``stochastic``: somebody asks for stochastic rounding.
 
     Raises:
         TypeError, ValueError: it requires gradients, and a step would refuse it.
     """
     if param.requires_grad and _is_there(param):
         check_param(param, name)
+        if stochastic and param.dtype is torch.float16:
+            raise ValueError(
+                f"{name} has dtype torch.float16, and stochastic_rounding=True is for bfloat16: fp16 ends at "
+                "6e-8, where it would still lose small updates; use master_weights=True"
+            )
 
 
 def check_param(param: Tensor, name: str) -> None:

@@ -20,6 +20,7 @@ from adamw_triton.arguments import (
     check_new_param,
     check_paging,
     check_variant,
+    check_weights,
     name_of,
 )
 from adamw_triton.interrupts import DeferredInterrupt
@@ -68,6 +69,14 @@ class AdamW(torch.optim.Optimizer):
             host reads none of them; ``lr`` and ``betas`` may be tensors there, and a replay sees what they
             are, while numbers are those of the capture. Take a step before the capture, and capture
             again after anything but replays and steps. State is never paged.
+        master_weights: keep weights of 16 bits exactly, as if they were fp32: the parameter is the exact
+            weight rounded, and what it lacks is state, paged and saved like m and v: 2 bytes of a bf16
+            weight, 4 of an fp16 one. A bf16 weight that somebody else writes between steps begins anew (a
+            write through ``.data`` cannot be seen). ``"auto"``: with ``variant="auto"``, if they fit on the
+            GPU or the host.
+        stochastic_rounding: round bf16 weights up or down in proportion to what is cut off, reproducibly:
+            right on average, where rounding to nearest loses most small updates. ``"auto"``: with
+            ``variant="auto"``, if exact weights do not fit.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -98,6 +107,8 @@ class AdamW(torch.optim.Optimizer):
         transfer: str = "auto",
         block_size: int = 128,
         capturable: bool = False,
+        master_weights: bool | str = "auto",
+        stochastic_rounding: bool | str = "auto",
         fused: bool | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -105,12 +116,15 @@ class AdamW(torch.optim.Optimizer):
         check_implementation(fused, foreach, differentiable)
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
-        self._chooser = chooser_for(how, budget, block_size, capturable)
+        weights = check_weights(variant, master_weights, stochastic_rounding)
+        self._chooser = chooser_for(how, budget, block_size, capturable, weights)
         self.variant = variant
         self.memory_budget = memory_budget
         self.transfer = transfer
         self.block_size = block_size
         self.capturable = capturable
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self._reset()
         defaults = {
             "lr": lr,
@@ -141,7 +155,8 @@ class AdamW(torch.optim.Optimizer):
             check_keys(group, len(self.param_groups) - 1)
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
-                check_new_param(param, name_of(group, len(self.param_groups) - 1, index))
+                name = name_of(group, len(self.param_groups) - 1, index)
+                check_new_param(param, name, self.stochastic_rounding is True)
         except Exception:
             self.param_groups.pop()
             raise
@@ -197,9 +212,13 @@ class AdamW(torch.optim.Optimizer):
         self._store.prepare(work)
         with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
+            if changed := batch.changed():
+                self._store.finish()  # or a page on its way would arrive over it
+                batch.begin_anew(changed)
             self._store.run(work)
             batch.count()
             batch.copy_back(ordered, items)
+            batch.remember()
 
     def offload(self) -> None:
         """Hand back the GPU memory of resident state and of staging between steps, for evaluation or
@@ -295,7 +314,10 @@ class AdamW(torch.optim.Optimizer):
         # Buffers and tables are rebuilt from ``state`` at the next step.
         self._whole.check()
         self._store.finish()
-        kept = ("variant", "memory_budget", "transfer", "block_size", "capturable", "_chooser")
+        kept = (
+            "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
+            "stochastic_rounding", "_chooser",
+        )  # fmt: skip
         state = checkpoint.cut(self.state, self._store.slots)
         return {**super().__getstate__(), "state": state, **{name: getattr(self, name) for name in kept}}
 

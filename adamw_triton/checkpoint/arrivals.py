@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from adamw_triton.checkpoint.entries import Saved, flat_of, read
 from adamw_triton.memory.overlaps import share_memory
 from adamw_triton.state.buffers import Slot
-from adamw_triton.state.formats import Float32, Moments, as_real, is_dense
+from adamw_triton.state.formats import Float32, Moments, as_real, is_dense, kept_arrays
 from adamw_triton_kernels.codes import LARGEST_ROOT
+from adamw_triton_kernels.work import NEAREST
 
 LARGEST_V = LARGEST_ROOT**2
 """Beyond, a block of 8-bit state has no scale."""
@@ -32,6 +33,8 @@ class Arrival:
     strides: tuple[int, ...]
     parts: dict[str, Tensor]
     """Flat, as the slot's ranges are."""
+    inexact: bool
+    """Whether the weight was kept exactly, and is no longer."""
 
     def commit(self) -> None:
         for name, target in self.slot.flat().items():
@@ -39,6 +42,7 @@ class Arrival:
                 target.copy_(self.parts[name])
         self.slot.buffer.steps[self.slot.index] = self.step
         self.slot.lay_out(self.strides)
+        self.slot.version = None
 
 
 def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequence[Tensor] = ()) -> Arrival:
@@ -55,8 +59,8 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
     """
     saved = read(entry, slot.name, as_real(slot.param).shape)
     strides, own = slot.strides, slot.flat()
-    if saved.format == slot.format and is_dense(saved.elements):
-        parts = {key: flat_of(part) for key, part in saved.parts.items()}
+    if saved.format == replace(slot.format, weights=NEAREST) and is_dense(saved.elements):
+        parts = {array.name: flat_of(saved.parts[array.name]) for array in slot.format.moments}
         if not _in_order(saved.elements, slot):
             strides = saved.elements.stride()
     elif isinstance(slot.format, Float32):
@@ -68,13 +72,28 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
         exact = all(part.dtype in _EXACT for part in saved.parts.values())
         moments = _flat_moments(saved.to(where), slot)
         slot.format.encode(raised(moments, betas, lost=0.0 if exact else LARGEST_V), parts)
+    parts |= _kept(saved, slot, own, in_order=strides == slot.strides)
     if not fresh:
         given = [part.untyped_storage().data_ptr() for part in saved.parts.values()]
         parts = {
             name: _waiting(part, own[name], taken, part.untyped_storage().data_ptr() in given)
             for name, part in parts.items()
         }
-    return Arrival(slot, saved.step, strides, parts)
+    inexact = any(part.any() for part in saved.kept.values()) and slot.format.weights not in saved.kept
+    return Arrival(slot, saved.step, strides, parts, inexact)
+
+
+def _kept(saved: Saved, slot: Slot, own: Mapping[str, Tensor], *, in_order: bool) -> dict[str, Tensor]:
+    """What goes with the weight, in the order of the other parts; zeros, where nothing was saved, make the
+    exact weight the one that is there."""
+    found = {}
+    for array in kept_arrays(slot.format.weights):
+        part = saved.kept.get(array.name)
+        if part is None:
+            found[array.name] = torch.zeros_like(own[array.name], device="cpu")
+        else:
+            found[array.name] = _flat_in_order(part, slot) if in_order else flat_of(part)
+    return found
 
 
 def _waiting(part: Tensor, target: Tensor, taken: Sequence[Tensor], given: bool) -> Tensor:
@@ -92,7 +111,7 @@ def _flat_moments(saved: Saved, slot: Slot) -> Moments:
     moments = saved.moments()
     moments.setdefault("max_exp_avg_sq", moments["exp_avg_sq"])
     wanted = (
-        {array.name for array in slot.format.arrays} if isinstance(slot.format, Float32) else set(moments)
+        {array.name for array in slot.format.moments} if isinstance(slot.format, Float32) else set(moments)
     )
     return {key: _flat_in_order(moment, slot) for key, moment in moments.items() if key in wanted}
 

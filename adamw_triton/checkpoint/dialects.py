@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import BLOCK_SIZES
-from adamw_triton.state.formats import Array, Blockwise8, Format, Moments, as_real
+from adamw_triton.state.formats import KEPT, Array, Blockwise8, Format, Moments, as_real
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 
@@ -106,15 +106,22 @@ _SCALES = Part("scales", (torch.float32,), lowest=0)
 _TABLES = (Part("table", (torch.float32,)), Part("table", (torch.float32,), lowest=0))
 """Of m, and of v."""
 
+_OF_WEIGHTS = {name: Part("elements", (array.dtype,), optional=True) for name, array in KEPT.items()}
+
 DIALECTS = (
     Dialect(
         "torch.optim.AdamW and Adam, and our 32-bit state",
-        {"exp_avg": _MOMENT, "exp_avg_sq": _SQUARE, "max_exp_avg_sq": _SQUARE._replace(optional=True)},
+        {
+            "exp_avg": _MOMENT,
+            "exp_avg_sq": _SQUARE,
+            "max_exp_avg_sq": _SQUARE._replace(optional=True),
+            **_OF_WEIGHTS,
+        },
         _renamed(exp_avg="exp_avg", exp_avg_sq="exp_avg_sq", max_exp_avg_sq="max_exp_avg_sq"),
     ),
     Dialect(
         "our 8-bit state",
-        {array.name: _native(array) for array in Blockwise8().arrays},
+        {array.name: _native(array) for array in Blockwise8().moments} | _OF_WEIGHTS,
         lambda parts, block: Blockwise8(block).decode(parts),
         blocks=BLOCK_SIZES,
         format=Blockwise8,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.checkpoint.dialects import DIALECTS, NOT_OURS, OTHERS, Dialect, Part
-from adamw_triton.state.formats import Format, Moments, as_real, is_dense
+from adamw_triton.state.formats import KEPT, Format, Moments, as_real, is_dense
 
 Entry = Mapping[Any, Any]
 
@@ -45,8 +45,13 @@ class Saved(NamedTuple):
 
     @property
     def format(self) -> Format | None:
-        """The format of ours that the parts are in, code by code."""
+        """The format of ours that the moments are in, code by code."""
         return self.dialect.format(self.block) if self.dialect.format else None
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Of the parts, what goes with the weight."""
+        return {name: self.parts[name] for name in KEPT if name in self.parts}
 
     def to(self, device: torch.device) -> Saved:
         return self._replace(parts={key: part.to(device) for key, part in self.parts.items()})

@@ -149,4 +149,4 @@ def _portable(entry: Entry, param: Tensor, name: str) -> dict[str, Any]:
         moments = {key: moment.cpu() for key, moment in moments.items()}
     if param.is_complex():
         moments = {key: torch.view_as_complex(moment) for key, moment in moments.items()}
-    return {"step": entry["step"], **moments}
+    return {"step": entry["step"], **moments, **saved.kept}

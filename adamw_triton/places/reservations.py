@@ -184,7 +184,14 @@ class Reservations:
             betas = float(group["betas"][0]), float(group["betas"][1])
             for index, param in enumerate(group["params"]):
                 if (not stateful_only and is_trained(param)) or has_state(state.get(param, {})):
-                    state_format = format_for(as_real(param).numel(), bits, self._block_size, amsgrad)
+                    state_format = format_for(
+                        as_real(param).numel(),
+                        bits,
+                        self._block_size,
+                        amsgrad,
+                        param.dtype,
+                        self._chooser.weights,
+                    )
                     found.append(Wanted(param, name_of(group, group_index, index), state_format, betas))
         return found
 

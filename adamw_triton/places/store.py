@@ -20,6 +20,7 @@ from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, show
 from adamw_triton.state.buffers import Slot, State, StateBuffer, make_slots
+from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
     STAGES,
@@ -104,14 +105,16 @@ class Store:
             made, page_bytes = make_places(wanted, self.slots, self.policy, self._limits)
             slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, *_ in wanted}
             taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
-            fresh, kept, left = [], [], []
+            fresh, kept, left, inexact = [], [], [], 0
             for param, _, _, betas in wanted:
                 slot = slots[id(param)]
                 if id(param) not in stateful:
                     left.extend([slot] if slot.entry else [])  # someone deleted it: begin anew
                 elif id(param) in made:
-                    checkpoint.prepare(state[param], slot, betas, fresh=True).commit()
+                    arrival = checkpoint.prepare(state[param], slot, betas, fresh=True)
+                    arrival.commit()
                     fresh.append(slot)
+                    inexact += arrival.inexact
                 elif not slot.is_shown_by(state[param]):
                     kept.append(checkpoint.prepare(state[param], slot, betas, fresh=False, taken=taken))
             self._shown.forget()
@@ -124,6 +127,8 @@ class Store:
                 show([arrival.slot], state)
             for slot in left:
                 slot.clear()
+            if inexact := inexact + sum(arrival.inexact for arrival in kept):
+                _log.warning("%d weights were kept exactly and are no longer: master_weights is off", inexact)
             self._shown.remember(state)
 
     def show(self, wanted: Sequence[Wanted], state: State) -> None:
@@ -323,13 +328,16 @@ class Store:
                 self._shown.remember(state)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by place and by format."""
+        """Bytes by place, and by format; those of exact weights apart."""
         places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in self._pagers.values())}
         formats: dict[str, int] = defaultdict(int)
         for buffer in self.buffers:
             on_gpu = not buffer.on_host and buffer.device.type != "cpu"
             places["gpu" if on_gpu else "host"] += buffer.nbytes
-            formats[buffer.format.name] += buffer.nbytes
+            weights = nbytes_of_weights(buffer.format, buffer.numel)
+            formats[buffer.format.name] += buffer.nbytes - weights
+            if weights:
+                formats["weights"] += weights
         return {**places, **formats}
 
 

@@ -21,7 +21,7 @@ from adamw_triton.arguments import Variant, is_trained
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.selection import rates
-from adamw_triton.selection.plans import UNKNOWN, Candidate, Limits, Plan
+from adamw_triton.selection.plans import UNKNOWN, Candidate, Limits, Plan, describe
 from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
@@ -44,6 +44,10 @@ class Chooser(Protocol):
     @property
     def bits(self) -> int:
         """Of state, unless its group says otherwise."""
+
+    @property
+    def weights(self) -> str:
+        """How those of 16 bits are kept: one of ``formats.WEIGHTS``."""
 
     @property
     def policy(self) -> Policy: ...
@@ -75,6 +79,7 @@ class Fixed:
 
     bits: int
     policy: Policy
+    weights: str = "nearest"
     plan: None = None
     decided: bool = True
 
@@ -96,11 +101,19 @@ class Auto:
     Args:
         budget: bytes that the user lets state take on each GPU; None for all that is left.
         block_size: of the 8-bit format.
+        weights: how those of 16 bits may be kept, the best first.
         capturable: nothing may be paged, nor spilled later.
     """
 
-    def __init__(self, budget: int | None, block_size: int, capturable: bool = False) -> None:
+    def __init__(
+        self,
+        budget: int | None,
+        block_size: int,
+        capturable: bool = False,
+        weights: Sequence[str] = ("nearest",),
+    ) -> None:
         self._budget = budget
+        self._weights = tuple(weights)
         self._block_size = block_size
         self._capturable = capturable
         self.plan: Plan | None = None
@@ -121,6 +134,10 @@ class Auto:
     @property
     def bits(self) -> int:
         return 32 if self._taken is None else self._taken.bits
+
+    @property
+    def weights(self) -> str:
+        return self._weights[0] if self._taken is None else self._taken.weights
 
     @property
     def policy(self) -> Policy:
@@ -158,15 +175,21 @@ class Auto:
             limits, taken = self._limits(device, loaded[device], there)
             demands.append(Demand(limits, trained[device]))
             host_room -= taken
-        plan = select(demands, host_room, block_size=self._block_size, resident=self._capturable)
+        plan = select(
+            demands,
+            host_room,
+            block_size=self._block_size,
+            resident=self._capturable,
+            weights=self._weights,
+        )
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the gradients are there: so other ranks are about to come
-        self.plan, self._agreed = agree(plan, groups, (self._capturable, self._block_size))
+        self.plan, self._agreed = agree(plan, groups, (self._capturable, self._block_size, self._weights))
         for device in self._devices:
             self._watch(device)
         if self.plan.chosen is None:
-            _log.warning("auto: %s. Trying %s", self.plan.summary(), self.plan.last_resort.name)
+            _log.warning("auto: %s. Trying %s", self.plan.summary(), self.plan.last_resort.label)
         else:
             _log.info("auto: %s", self.plan.summary())
 
@@ -188,13 +211,13 @@ class Auto:
         failed = self.plan.chosen
         plan = self.plan.without_chosen("ran out of memory when it was allocated")
         if self._agreed:
-            plan = plan.of_bits(failed.bits, f"other ranks keep {failed.bits}-bit state")
+            plan = plan.of_kind(failed.kind, f"other ranks keep {describe(failed.kind)}")
         if plan.chosen is None:
             return False
         self.plan = plan
         for watch in self._watches.values():
             watch.owed = 0  # the other choice is the answer
-        _log.warning("auto: %s ran out of memory; %s is used", failed.name, plan.chosen.name)
+        _log.warning("auto: %s ran out of memory; %s is used", failed.label, plan.chosen.label)
         return True
 
     def return_to(self, plan: Plan | None) -> None:
@@ -217,8 +240,10 @@ class Auto:
         return self._watches[device]
 
 
-def chooser_for(variant: Variant, budget: int | None, block_size: int, capturable: bool) -> Chooser:
-    """Of an optimizer with these arguments."""
+def chooser_for(
+    variant: Variant, budget: int | None, block_size: int, capturable: bool, weights: Sequence[str]
+) -> Chooser:
+    """Of an optimizer with these arguments; ``weights``: how those of 16 bits may be kept, the best first."""
     if variant.chosen:
-        return Auto(budget, block_size, capturable)
-    return Fixed(variant.bits, Policy(variant.paged, budget, capturable=capturable))
+        return Auto(budget, block_size, capturable, weights)
+    return Fixed(variant.bits, Policy(variant.paged, budget, capturable=capturable), weights[0])

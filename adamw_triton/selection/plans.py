@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+_SUFFIXES = {"nearest": "", "stochastic": ", stochastic rounding", "exact": ", exact weights"}
+
 UNKNOWN = 1 << 50
 """Bytes of memory of which nobody says how much it is: no limit."""
+
+
+def describe(kind: tuple[int, str]) -> str:
+    """A candidate's ``kind``, for people."""
+    bits, weights = kind
+    return f"{bits}-bit state{_SUFFIXES[weights]}"
 
 
 class Limits(NamedTuple):
@@ -64,6 +72,20 @@ class Candidate:
     """Why it cannot be; empty if it fits."""
     budgets: tuple[int | None, ...] = ()
     """By device, bytes that state and staging may take of it; None for staging alone."""
+    weights: str = "nearest"
+    """How those of 16 bits are kept: "exact", rounded "stochastic"ally, or to "nearest"."""
+    weight_bytes: int = 0
+    """The part of the state that exact weights take."""
+
+    @property
+    def label(self) -> str:
+        """The name, and how weights are kept."""
+        return self.name + _SUFFIXES[self.weights]
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        """What ranks that train one model have to have alike: bits of state, and how weights are kept."""
+        return self.bits, self.weights
 
     @property
     def fits(self) -> bool:
@@ -94,7 +116,7 @@ class Plan:
     def last_resort(self) -> Candidate:
         """What to try if nothing fits."""
         paged = [candidate for candidate in self.candidates if candidate.staging_bytes]
-        return min(paged or self.candidates, key=lambda candidate: (candidate.bits, candidate.gpu_bytes))
+        return min(paged or self.candidates, key=lambda c: (c.bits, c.gpu_bytes, c.host_bytes))
 
     def without(self, obstacles: Sequence[str]) -> Plan:
         """The plan with what else stands in the way of each candidate; empty for nothing."""
@@ -110,9 +132,9 @@ class Plan:
         """The plan after the chosen candidate has failed."""
         return self.without([obstacle if candidate is self.chosen else "" for candidate in self.candidates])
 
-    def of_bits(self, bits: int, obstacle: str) -> Plan:
-        """The plan where state has to have so many bits, because of the obstacle to others."""
-        return self.without(["" if candidate.bits == bits else obstacle for candidate in self.candidates])
+    def of_kind(self, kind: tuple[int, str], obstacle: str) -> Plan:
+        """The plan where state has to be of that kind, because of the obstacle to others."""
+        return self.without(["" if candidate.kind == kind else obstacle for candidate in self.candidates])
 
     def reason(self, candidate: Candidate) -> str:
         """Why a candidate was taken or not."""
@@ -124,11 +146,11 @@ class Plan:
         """One line."""
         taken = self.chosen
         if taken is None:
-            return "nothing fits: " + "; ".join(f"{c.name} {c.obstacle}" for c in self.candidates)
-        line = f"{taken.name}: {format_bytes(taken.gpu_bytes)} of GPU memory"
+            return "nothing fits: " + "; ".join(f"{c.label} {c.obstacle}" for c in self.candidates)
+        line = f"{taken.label}: {format_bytes(taken.gpu_bytes)} of GPU memory"
         line += f" and {format_bytes(taken.host_bytes)} of the host's" if taken.host_bytes else ""
         before = self.candidates[: self.candidates.index(taken)]
-        return line + "".join(f"; {candidate.name} {candidate.obstacle}" for candidate in before)
+        return line + "".join(f"; {candidate.label} {candidate.obstacle}" for candidate in before)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, for logs."""
@@ -163,7 +185,7 @@ class Plan:
     def _table(self) -> Table:
         rows = [
             (
-                candidate.name,
+                candidate.label,
                 format_bytes(candidate.gpu_bytes - candidate.staging_bytes),
                 format_bytes(candidate.staging_bytes),
                 format_bytes(candidate.host_bytes),

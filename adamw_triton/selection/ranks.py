@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.nn.parameter import is_lazy
 
 from adamw_triton.memory.units import format_bytes
-from adamw_triton.selection.plans import Plan
+from adamw_triton.selection.plans import Plan, describe
 
 PATIENCE = 10.0
 """Seconds at most, and a quarter of the process group's timeout: others may be waiting in a collective of the
@@ -54,7 +54,8 @@ class Outcome(NamedTuple):
 
     obstacles: tuple[str, ...]
     """Of each candidate."""
-    bits: int
+    kind: tuple[int, str]
+    """Of the state: `Candidate.kind`."""
     ranks: tuple[int, ...]
     """Whose shares counted."""
 
@@ -113,7 +114,8 @@ class _Meeting(NamedTuple):
     def decided(self, outcome: Outcome) -> Outcome:
         """What counts: the outcome that was there first."""
         self.store.compare_set(f"{self.key}/outcome", "", json.dumps(outcome))
-        return Outcome(*json.loads(self.store.get(f"{self.key}/outcome")))
+        obstacles, kind, ranks = json.loads(self.store.get(f"{self.key}/outcome"))
+        return Outcome(obstacles, tuple(kind), ranks)
 
 
 def agree(plan: Plan, groups: Groups, settings: object) -> tuple[Plan, bool]:
@@ -140,9 +142,9 @@ def agree(plan: Plan, groups: Groups, settings: object) -> tuple[Plan, bool]:
                 *(distributed.get_world_size(), ", ".join(others), _WAY_OUT),
             )
         return plan, len(others) > 1
-    before = f"rank {', '.join(others)} chose {outcome.bits}-bit state before rank {rank} came"
-    plan = plan.of_bits(outcome.bits, before)
-    if (plan.chosen or plan.last_resort).bits != outcome.bits:
+    before = f"rank {', '.join(others)} chose {describe(outcome.kind)} before rank {rank} came"
+    plan = plan.of_kind(outcome.kind, before)
+    if (plan.chosen or plan.last_resort).kind != outcome.kind:
         raise RuntimeError(f"variant='auto': {before}, and here {plan.summary()}. {_WAY_OUT}")
     return plan, True
 
@@ -157,8 +159,8 @@ def _ask(plan: Plan, groups: Groups, settings: object) -> Outcome:
     there = meeting.shares()
     common = merged(there)
     of_all = plan.without(common)
-    bits = (of_all.chosen or of_all.last_resort).bits
-    outcome = meeting.decided(Outcome(tuple(common), bits, tuple(sorted(share.rank for share in there))))
+    kind = (of_all.chosen or of_all.last_resort).kind
+    outcome = meeting.decided(Outcome(tuple(common), kind, tuple(sorted(share.rank for share in there))))
     if len(outcome.ranks) == world:
         meeting.all_came()
     return outcome

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.plans import Candidate, Limits, Plan
-from adamw_triton.state.formats import Format, as_real, format_for
+from adamw_triton.state.formats import Format, as_real, format_for, matters, nbytes_of_weights
 from adamw_triton.state.placement import SMALLEST_BUDGET, Placement, pages_of, place
 
 PAGE_SECONDS = 30e-6
@@ -57,7 +58,8 @@ class Trained(NamedTuple):
 
     numel: int
     """Real elements."""
-    param_itemsize: int
+    dtype: torch.dtype
+    """Of the parameter; of complex ones that of their parts."""
     grad_itemsize: int
     state_bits: int | None = None
     """As its group asks."""
@@ -67,13 +69,13 @@ class Trained(NamedTuple):
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Trained:
         """A parameter of a group; its gradient is of its own dtype unless there is one."""
         grad = param if param.grad is None else param.grad
-        itemsize, grad_itemsize = (tensor.dtype.to_real().itemsize for tensor in (param, grad))
+        dtype, grad_dtype = (tensor.dtype.to_real() for tensor in (param, grad))
         amsgrad = bool(group.get("amsgrad", False))
-        return cls(as_real(param).numel(), itemsize, grad_itemsize, group.get("state_bits"), amsgrad)
+        return cls(as_real(param).numel(), dtype, grad_dtype.itemsize, group.get("state_bits"), amsgrad)
 
-    def format(self, bits: int, block_size: int) -> Format:
+    def format(self, bits: int, block_size: int, weights: str = "nearest") -> Format:
         bits = bits_of(self.state_bits, self.amsgrad, bits)
-        return format_for(self.numel, bits, block_size, self.amsgrad)
+        return format_for(self.numel, bits, block_size, self.amsgrad, self.dtype, weights)
 
 
 def bits_of(state_bits: int | None, amsgrad: bool, default: int) -> int:
@@ -95,10 +97,12 @@ def select(
     prefer: str = "speed",
     block_size: int = 128,
     resident: bool = False,
+    weights: Sequence[str] = ("nearest",),
     notes: Sequence[str] = (),
 ) -> Plan:
     """The plan for these devices; ``host_room``: bytes of host memory that may be taken; ``resident``: of
-    those ways alone that page nothing.
+    those ways alone that page nothing; ``weights``: how those of 16 bits may be kept, the best first, and
+    each anywhere before the next: see ``formats.WEIGHTS``.
 
     Raises:
         ValueError: ``prefer`` is none of ``PREFERENCES``.
@@ -106,7 +110,13 @@ def select(
     if prefer not in PREFERENCES:
         raise ValueError(f"Invalid prefer: {prefer!r}; it must be one of {', '.join(map(repr, PREFERENCES))}")
     ways = [way for way in PREFERENCES[prefer] if not (resident and way.paged)]
-    candidates = tuple(_evaluate(way, demands, host_room, block_size) for way in ways)
+    dtypes = {tensor.dtype for demand in demands for tensor in demand.tensors}
+    differ = any(matters(how, dtype) for how in weights for dtype in dtypes)
+    candidates = tuple(
+        _evaluate(way, demands, host_room, block_size, how)
+        for how in (weights if differ else ("nearest",))
+        for way in ways
+    )
     return Plan(candidates, prefer, tuple(demand.limits for demand in demands), host_room, tuple(notes))
 
 
@@ -117,6 +127,7 @@ class _Share(NamedTuple):
     placement: Placement
     seconds: float
     limits: Limits
+    weight_bytes: int
 
     @property
     def gpu_bytes(self) -> int:
@@ -127,8 +138,10 @@ class _Share(NamedTuple):
         return self.placement.host_bytes + (self.placement.gpu_bytes if self.limits.shared else 0)
 
 
-def _evaluate(way: Way, demands: Sequence[Demand], host_room: int, block_size: int) -> Candidate:
-    shares = [_share(way, demand, block_size) for demand in demands]
+def _evaluate(
+    way: Way, demands: Sequence[Demand], host_room: int, block_size: int, weights: str
+) -> Candidate:
+    shares = [_share(way, demand, block_size, weights) for demand in demands]
     host_bytes = sum(share.host_bytes for share in shares)
     obstacle = _shortage(
         max((share.gpu_bytes - share.limits.room for share in shares if share.gpu_bytes), default=0),
@@ -141,6 +154,8 @@ def _evaluate(way: Way, demands: Sequence[Demand], host_room: int, block_size: i
         way.variant,
         way.bits,
         way.paged,
+        weights=weights,
+        weight_bytes=sum(share.weight_bytes for share in shares),
         gpu_bytes=sum(share.gpu_bytes for share in shares),
         staging_bytes=sum(share.placement.ring.nbytes for share in shares if share.gpu_bytes),
         host_bytes=host_bytes,
@@ -150,22 +165,23 @@ def _evaluate(way: Way, demands: Sequence[Demand], host_room: int, block_size: i
     )
 
 
-def _share(way: Way, demand: Demand, block_size: int) -> _Share:
+def _share(way: Way, demand: Demand, block_size: int, weights: str) -> _Share:
     limits, tensors = demand
-    sizes = [(tensor.format(way.bits, block_size), tensor.numel) for tensor in tensors]
+    sizes = [(tensor.format(way.bits, block_size, weights), tensor.numel) for tensor in tensors]
     # Without any room nothing fits, and what is then tried nevertheless should have pages of some size.
     least = SMALLEST_BUDGET if limits.room > 0 else LAST_RESORT
     budget = max(least, limits.room) if way.filled else None
     placement = place(sizes, way.paged and not limits.shared, budget)
     # Weights are read and written, gradients read, state read and written. Paged state crosses the link, both
     # ways at once, while pages that are there are updated.
-    moved = sum(t.numel * (2 * t.param_itemsize + t.grad_itemsize) for t in tensors)
+    moved = sum(t.numel * (2 * t.dtype.itemsize + t.grad_itemsize) for t in tensors)
     moved += 2 * (placement.resident_bytes + placement.host_bytes)
     pages = pages_of(
         (size for size, paged in zip(sizes, placement.paged, strict=True) if paged), placement.page_bytes
     )
     seconds = max(moved / limits.bandwidth, placement.host_bytes / limits.link) + PAGE_SECONDS * pages
-    return _Share(budget, placement, seconds, limits)
+    weight_bytes = sum(nbytes_of_weights(*size) for size in sizes)
+    return _Share(budget, placement, seconds, limits, weight_bytes)
 
 
 def _shortage(gpu: int, host: int) -> str:

@@ -41,6 +41,8 @@ class Slot:
     """Whether that order is the one of a contiguous, real tensor."""
     entry: dict[str, Any] = field(default_factory=dict)
     """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
+    version: int | None = None
+    """torch's count of what was written to the parameter, as it was after our last step."""
 
     @property
     def format(self) -> Format:
@@ -83,7 +85,7 @@ class Slot:
         self.buffer.steps[self.index] = 0
         for array in self.flat().values():
             array.zero_()
-        self.entry = {}
+        self.entry, self.version = {}, None
 
     def flat(self, arrays: Mapping[str, Tensor] | None = None, begin: int = 0) -> dict[str, Tensor]:
         """The slot's range of each array, one-dimensional, in memory order.

@@ -1,6 +1,6 @@
 """State formats. A format is data: its arrays, its alignment, how fp32 moments go in and out, and the name of
-the update that works on it. Whatever else handles state speaks of ranges and arrays and never asks which
-format it has.
+the update that works on it. It has two parts, how moments are coded and how the weight is kept. Whatever else
+handles state speaks of ranges and arrays and never asks which format it has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels import codes
+from adamw_triton_kernels.work import MASTER, NEAREST, REMAINDER, STOCHASTIC
 
 Moments = dict[str, Tensor]
 """fp32 ``exp_avg`` and ``exp_avg_sq`` (and ``max_exp_avg_sq``), flat."""
@@ -26,27 +27,46 @@ class Array:
     per: int = 1
 
 
+KEPT = {REMAINDER: Array(REMAINDER, torch.int16), MASTER: Array(MASTER, torch.float32)}
+"""The array that goes with a weight, by how weights are kept: of bf16 the lower half of the fp32 weight's
+bits, of fp16 the fp32 weight."""
+
+WEIGHTS = ("nearest", "stochastic", "exact")
+"""How weights of 16 bits may be kept."""
+
+_WEIGHTS_OF = {
+    ("exact", torch.bfloat16): REMAINDER,
+    ("exact", torch.float16): MASTER,
+    ("stochastic", torch.bfloat16): STOCHASTIC,
+}
+
+
 @dataclass(frozen=True)
 class Float32:
     """fp32 moments, under torch.optim.AdamW's names. 8 bytes an element; 12 with amsgrad."""
 
     amsgrad: bool = False
+    weights: str = NEAREST
 
     name = "32bit"
     update = "adamw_32bit"
     alignment = 32  # 128 bytes: a GPU's cache line
 
     @property
-    def arrays(self) -> tuple[Array, ...]:
+    def moments(self) -> tuple[Array, ...]:
         names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
         return tuple(Array(name, torch.float32) for name in names)
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.moments + kept_arrays(self.weights)
+
     def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
-        for array in self.arrays:
+        for array in self.moments:
             into[array.name].copy_(moments[array.name])
 
     def decode(self, views: Mapping[str, Tensor]) -> Moments:
-        return {array.name: views[array.name].float() for array in self.arrays}
+        return {array.name: views[array.name].float() for array in self.moments}
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,7 @@ class Blockwise8:
     """8-bit codes with two bf16 scales a block: 2 + 4/block bytes an element. See ``codes``."""
 
     block: int = 128
+    weights: str = NEAREST
 
     name = "8bit"
     update = "adamw_8bit"
@@ -63,13 +84,17 @@ class Blockwise8:
         return self.block
 
     @property
-    def arrays(self) -> tuple[Array, ...]:
+    def moments(self) -> tuple[Array, ...]:
         return (
             Array("exp_avg_codes", torch.int8),
             Array("exp_avg_scales", torch.bfloat16, self.block),
             Array("exp_avg_sq_codes", torch.uint8),
             Array("exp_avg_sq_scales", torch.bfloat16, self.block),
         )
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.moments + kept_arrays(self.weights)
 
     def encode(self, moments: Moments, into: Mapping[str, Tensor]) -> None:
         codes.encode_8bit(moments["exp_avg"], moments["exp_avg_sq"], into, self.block)
@@ -85,15 +110,41 @@ SMALLEST_8BIT = 4096
 """Tensors with fewer elements keep 32-bit state: biases and norms are few and sensitive."""
 
 
-def format_for(numel: int, bits: int, block_size: int = 128, amsgrad: bool = False) -> Format:
-    """Of a parameter with so many real elements."""
-    return Blockwise8(block_size) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad)
+def format_for(
+    numel: int,
+    bits: int,
+    block_size: int = 128,
+    amsgrad: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weights: str = "nearest",
+) -> Format:
+    """Of a parameter with so many real elements, of that dtype; ``weights``: one of ``WEIGHTS``."""
+    kept = _WEIGHTS_OF.get((weights, dtype), NEAREST)
+    return Blockwise8(block_size, kept) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad, kept)
+
+
+def matters(weights: str, dtype: torch.dtype) -> bool:
+    """Whether weights of that dtype are kept otherwise than to nearest."""
+    return (weights, dtype) in _WEIGHTS_OF
+
+
+def kept_arrays(weights: str) -> tuple[Array, ...]:
+    """What goes with weights that are kept so."""
+    return (KEPT[weights],) if weights in KEPT else ()
 
 
 def nbytes(state_format: Format, numel: int) -> int:
     """Bytes of state for ``numel`` elements, rounded up to the format's alignment."""
-    whole = round_up(numel, state_format.alignment)
-    return sum(whole // array.per * array.dtype.itemsize for array in state_format.arrays)
+    return _nbytes(state_format.arrays, round_up(numel, state_format.alignment))
+
+
+def nbytes_of_weights(state_format: Format, numel: int) -> int:
+    """The part of them that goes with the weights."""
+    return _nbytes(kept_arrays(state_format.weights), round_up(numel, state_format.alignment))
+
+
+def _nbytes(arrays: tuple[Array, ...], numel: int) -> int:
+    return sum(numel // array.per * array.dtype.itemsize for array in arrays)
 
 
 def as_real(tensor: Tensor) -> Tensor:

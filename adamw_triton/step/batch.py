@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from adamw_triton.state.formats import as_real
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
+from adamw_triton_kernels.work import REMAINDER
+
+_log = logging.getLogger("adamw_triton")
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -82,6 +86,8 @@ class Launch:
     """The pieces of one page and one pair of dtypes: one call of the format's update."""
 
     update: Update
+    weights: str
+    """How they are kept."""
     pieces: list[Piece]
     numbers: Numbers
     max_chunks: int
@@ -97,7 +103,7 @@ class Launch:
         layout = self.layout
         params = [piece.of(items[piece.position].param) for piece in self.pieces]
         grads = [piece.of(items[piece.position].grad) for piece in self.pieces]
-        return self.update.prepare(params, grads, self.like, layout, hyper)
+        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights)
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
         return Layout(
@@ -129,6 +135,7 @@ class Batch:
             (buffer, _ones_at(buffer.steps, [self.slots[position].index for position in positions]))
             for buffer, positions in of_buffer.items()
         ]
+        self._exact = [slot for slot in self.slots if slot.format.weights == REMAINDER]
         self._launches: list[tuple[Page, list[Launch]]] = []
         for buffer, positions in of_buffer.items():
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
@@ -163,10 +170,30 @@ class Batch:
             for page, launches in self._launches
         ]
 
+    def changed(self) -> list[Slot]:
+        """Of whose exact weights somebody else has written the visible part since our last step."""
+        return [slot for slot in self._exact if slot.version not in (None, _version(slot.param))]
+
+    def begin_anew(self, changed: Sequence[Slot]) -> None:
+        """Their exact weights are what is there now."""
+        for slot in changed:
+            slot.flat()[REMAINDER].zero_()
+        _log.info("%d exact weights have been changed since the last step, and begin anew", len(changed))
+
+    def remember(self) -> None:
+        """After a step, what the parameters are."""
+        for slot in self._exact:
+            slot.version = _version(slot.param)
+
     def count(self) -> None:
         """One step more for every parameter."""
         for buffer, counted in self._counts:
             buffer.steps += counted
+
+
+def _version(param: Tensor) -> int | None:
+    """What torch counts up whenever it writes to a tensor, but through ``.data``."""
+    return None if param.is_inference() else param._version
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
@@ -213,6 +240,7 @@ def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> lis
     return [
         Launch(
             update_for(buffer.format.update, buffer.device),
+            buffer.format.weights,
             members,
             numbers(
                 [items[piece.position].group for piece in members],
