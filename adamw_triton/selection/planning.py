@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adamw_triton.arguments import BLOCK_SIZES, DTYPES
+from adamw_triton.arguments import BLOCK_SIZES, DTYPES, check_weights
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import parse_bytes
@@ -44,6 +44,8 @@ def plan(
     activations: int | str | None = None,
     prefer: str = "speed",
     block_size: int = 128,
+    master_weights: bool | str = "auto",
+    stochastic_rounding: bool | str = "auto",
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -58,6 +60,7 @@ def plan(
             and state. None: not counted, and the plan says so.
         prefer: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes to 8 bits.
         block_size: of the 8-bit format, as in ``AdamW``.
+        master_weights, stochastic_rounding: as in ``AdamW`` with ``variant="auto"``.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -91,6 +94,7 @@ def plan(
         _host_room(host_memory),
         prefer=prefer,
         block_size=block_size,
+        weights=check_weights("auto", master_weights, stochastic_rounding),
         notes=() if activations is not None else (_NO_ACTIVATIONS,),
     )
 

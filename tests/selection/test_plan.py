@@ -44,7 +44,7 @@ def test_weights_gradients_and_the_rest_are_taken_off() -> None:
     }
     memory, *rest = spent(plan).values()
     assert plan.limits[0].room == memory - sum(rest)
-    assert plan.candidates[0].gpu_bytes == 8 * (1000 * 1000 + 1024)
+    assert plan.candidates[0].gpu_bytes == (8 + 2) * (1000 * 1000 + 1024)
 
 
 FORMS: dict[str, Any] = {
