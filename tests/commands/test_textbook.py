@@ -1,7 +1,7 @@
 """What people ask first, answered by the real selector through the command line.
 
-Expected from sizes alone: weights, gradients, 8 or 2.03 bytes of state for each parameter that is trained, and 2
-more of a bf16 one, 4 of an fp16 one.
+Expected from sizes alone: weights, gradients, 8 or 2.03 bytes of state for each parameter that is trained,
+and 2 more of a bf16 one, 4 of an fp16 one.
 """
 
 from __future__ import annotations
