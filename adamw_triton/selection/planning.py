@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from adamw_triton.arguments import BLOCK_SIZES, DTYPES, check_weights
 from adamw_triton.memory import gpu
@@ -70,7 +71,7 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
-    tensors = list(_tensors(model_or_params))
+    tensors = list(_counted(model_or_params))
     if not tensors:
         raise ValueError("model_or_params has no parameters to plan for")
     trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
@@ -120,6 +121,24 @@ def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tenso
             tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"model_or_params has a {type(tensor).__name__} where a tensor should be")
+            yield tensor, group
+
+
+def _counted(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Each tensor once, of which the size is known."""
+    seen = set()
+    for tensor, group in _tensors(model_or_params):
+        if is_lazy(tensor):
+            raise ValueError(
+                "model_or_params has a parameter of a lazy module, whose shape is not known yet: run a "
+                "forward pass first"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"model_or_params has a parameter of layout {tensor.layout}; only dense ones count"
+            )
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
             yield tensor, group
 
 
