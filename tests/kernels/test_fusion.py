@@ -52,6 +52,7 @@ class Problem:
             self.arrays,
             self.layout,
             hyper,
+            self.format.weights,
         )
 
     def bits(self) -> list[Tensor]:
@@ -66,6 +67,12 @@ class Problem:
         (Float32(amsgrad=True), torch.bfloat16, True),
         (Blockwise8(128), torch.float32, True),
         (Blockwise8(256), torch.bfloat16, False),
+        (Float32(weights="stochastic"), torch.bfloat16, True),
+        (Float32(weights="remainder"), torch.bfloat16, False),
+        (Float32(weights="master"), torch.float16, False),
+        (Blockwise8(128, "stochastic"), torch.bfloat16, False),
+        (Blockwise8(128, "remainder"), torch.bfloat16, True),
+        (Blockwise8(256, "master"), torch.float16, False),
     ],
     ids=str,
 )
