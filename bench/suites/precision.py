@@ -201,7 +201,8 @@ def table(curves: Curves, reasons: Mapping[str, str], task: Task) -> Table:
         "fell from the first step's, which is the same in all",
         f"from fp32's curve: the largest distance of the means over {MEAN} steps, all of the same batches",
         f"lost: of the change that the gradients of the last {MEAN} steps asked of the weights (AdamW in "
-        "fp32), the share that did not come about; what errors of the state do is in it",
+        "fp32), the share that did not come about; negative: more came about than was asked for, as 8-bit "
+        "state has it that freezes v",
         "forward and backward are in bf16 everywhere: with fp32 weights on their rounding",
         *(f"{label} cannot run here: {reason}" for label, reason in reasons.items()),
     ]
@@ -230,31 +231,36 @@ def figure(curves: Curves, task: Task) -> Figure:
     """Left the losses of ours, right how far all have been from fp32's, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(11, 5.4), layout="constrained")
+    drawing = Figure(figsize=(11, 5.6), layout="constrained")
     left, right = drawing.subplots(1, 2)
     fp32, others = curves[FLOAT32].means, iter(OTHERS)
     steps = range(task.steps - len(fp32) + 1, task.steps + 1)
+    lines = []
     for way in WAYS:
         colour = COLOURS.get(way.label) or next(others)
         if way.label not in curves:
             continue
         means = curves[way.label].means
-        if way.label in (FLOAT32, NEAREST, STOCHASTIC):
-            left.plot(steps, means, lw=5 if way.label == FLOAT32 else 2, color=colour, label=way.label)
-        elif way.ours:  # on fp32's
-            left.plot(steps, means, lw=2, ls=(0, (3, 5)), color=colour, label=way.label)
         apart = list(itertools.accumulate((abs(a - b) for a, b in zip(means, fp32, strict=True)), max))
+        style: dict[str, Any] = {"color": colour, "lw": 2.4 if way.ours else 1.2, "label": way.label}
+        if way.label == FLOAT32:
+            lines += left.plot(steps, means, **style | {"lw": 6})
+        elif way.ours:
+            on_another = {EXACT: (0, (3, 9)), EXACT8: (6, (3, 9))}
+            label = way.label if apart[-1] else f"{way.label}: distance 0"
+            ls = on_another.get(way.label, "-")
+            lines += left.plot(
+                steps, means, **style | {"label": label, "ls": ls, "zorder": 3 if ls != "-" else 2}
+            )
         if apart[-1]:
-            right.semilogy(steps, apart, lw=2.4 if way.ours else 1.2, color=colour, label=way.label)
-        elif way.label != FLOAT32:
-            right.plot([], [], " ", label=f"{way.label}: 0")
+            (line,) = right.semilogy(steps, apart, **style)
+            lines += [] if way.ours else [line]
     left.set_ylabel(f"loss, nats a byte (mean of {MEAN} steps)")
-    right.set_ylabel("largest distance from fp32's curve so far")
+    right.set_ylabel("largest distance from fp32's curve so far, nats a byte")
     for axes in (left, right):
         axes.set_xlabel("step")
         suite.axes_style(axes)
-    left.legend(frameon=False)
-    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    drawing.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     title = f"Training pure bf16 at lr {task.lr:g}: how near weights come to fp32's"
     drawing.suptitle(title, x=0.01, ha="left", weight="bold")
     return drawing
@@ -263,7 +269,7 @@ def figure(curves: Curves, task: Task) -> Figure:
 def record(curve: Curve) -> dict[str, Any]:
     """For the JSON."""
     return {
-        "losses": curve.losses,
+        "losses": [round(loss, 5) for loss in curve.losses],
         "final": curve.final,
         "held_out": curve.held_out,
         "lost": curve.lost,
