@@ -53,6 +53,8 @@ def check_adversarial(
     problems: list[str] = []
     if not ours.untouched(before):
         problems.append("memory outside the tensors has changed")
+    if not ours.settled():
+        problems.append("weights are not the rounding of what is kept exactly")
     v = new_v(before)
     subnormal = (v > 0) & (v < SMALLEST_NORMAL)
     slack = torch.zeros(before.layout.numels)
@@ -79,12 +81,13 @@ def check_adversarial(
 
 def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str, tuple[Tensor, float]]:
     """Of weights and each state array: how far apart, and how far they may be."""
-    kernel, param = before.kernel, before.params[0]
-    change = 2 * (expected.params[0].float() - param.float())
-    limit = LIMITS["weight"] if param.dtype == torch.float32 else 1.0
-    found = {"weight": (distance(ours.params[0], expected.params[0], param, change), limit)}
+    kernel = before.kernel
+    p, q, old = (problem.weights() for problem in (ours, expected, before))
+    change = 2 * (q.float() - old.float())
+    limit = LIMITS["weight"] if p.dtype == torch.float32 else 1.0
+    found = {"weight": (distance(p, q, old, change), limit)}
     g = expected.grads[0].float() * expected.hyper[0, 0]
-    for name in expected.state:
+    for name in kernel.moments:
         a, b, o = (p.of_tensors(p.state[name], p.per(name)) for p in (ours, expected, before))
         if name.endswith("codes"):
             found[name] = (a.float() - b.float()).abs().double(), 1.0
@@ -111,11 +114,11 @@ def describe(at: int, name: str, before: Problem, ours: Problem, theirs: Problem
     """All that went into an element, or of scales into a block, and what came out."""
     block = before.kernel.block
     element = at * block if name.endswith("scales") else at
-    given = {"p": before.params[0][element], "g": before.grads[0][element]}
+    given = {"p": before.weights()[element], "g": before.grads[0][element]}
     if name.endswith("scales"):
         given["largest |g| of the block"] = before.grads[0][element : element + block].abs().max()
     for key, array in before.state.items():
         given[key] = array[element // before.per(key)]
-    a, b = ((p.params[0] if name == "weight" else p.state[name])[at] for p in (ours, theirs))
+    a, b = ((p.weights() if name == "weight" else p.state[name])[at] for p in (ours, theirs))
     inputs = ", ".join(f"{key}={float(value):g}" for key, value in given.items())
     return f"[{at}] {inputs}: compiled {float(a):g}, reference {float(b):g}"
