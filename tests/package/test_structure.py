@@ -109,7 +109,7 @@ def test_transformers_stays_in_its_room() -> None:
 
 
 def test_plain_torch_needs_no_triton() -> None:
-    for name in ("reference", "work", "__init__"):
+    for name in ("reference", "codes", "weights", "work", "__init__"):
         path = ROOT / "kernels/adamw_triton_kernels" / f"{name}.py"
         assert not {module for module in imports(path) if module.split(".")[0] == "triton"}, path
 
