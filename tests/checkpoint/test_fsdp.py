@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     ("variant", "use_orig_params", "kind"),
     [
         ("8bit", True, "FULL_STATE_DICT"),
-        ("8bit", False, "SHARDED_STATE_DICT"),
+        pytest.param("8bit", False, "SHARDED_STATE_DICT", marks=pytest.mark.slow),
         pytest.param("paged_8bit", True, "SHARDED_STATE_DICT", marks=pytest.mark.slow),
         pytest.param("32bit", True, "FULL_STATE_DICT", marks=pytest.mark.slow),
     ],

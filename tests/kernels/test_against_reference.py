@@ -172,8 +172,11 @@ def test_8bit_codes_are_the_same(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "state_format",
-    [Float32(), Blockwise8(128)]
-    + [pytest.param(other, marks=pytest.mark.slow) for other in (Float32(amsgrad=True), Blockwise8(256))],
+    [Float32()]
+    + [
+        pytest.param(other, marks=pytest.mark.slow)
+        for other in (Blockwise8(128), Float32(amsgrad=True), Blockwise8(256))
+    ],
     ids=str,
 )
 def test_the_same_inputs_give_the_same_bits(state_format: Format, device: str) -> None:

@@ -38,13 +38,16 @@ TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.
 """Folders with other releases of Triton."""
 
 
+QUICK = {("32bit", True), ("32bit", False), ("8bit 128", False)}
+
+
 def _builds() -> Iterator[object]:
     for kernel in KERNELS:
         for param, grad in PAIRS:
             for aligned in (True, False):
                 name = f"{kernel}-{param}-{grad}-{'aligned' if aligned else 'misaligned'}"
-                common = (param, grad) == PAIRS[0] and kernel in ("32bit", "8bit 128")
-                marks = () if common else pytest.mark.slow
+                quick = (param, grad) == PAIRS[0] and (kernel, aligned) in QUICK
+                marks = () if quick else pytest.mark.slow
                 yield pytest.param(kernel, param, grad, aligned, id=name, marks=marks)
 
 

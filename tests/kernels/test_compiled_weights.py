@@ -12,6 +12,7 @@ from tests.compiling import in_compiling_process
 
 KERNELS = ("32bit", "8bit 128", "32bit amsgrad", "8bit 256")
 OFTEN = KERNELS[:2]
+QUICK = {("remainder", True), ("stochastic", False)}
 WEIGHTS = {"stochastic": "bf16", "remainder": "bf16", "master": "fp16"}
 TARGETS = (90, 75)
 EVERY = (75, 80, 86, 89, 90, 100, 120)
@@ -21,7 +22,9 @@ EVERY = (75, 80, 86, 89, 90, 100, 120)
     ("kernel", "weights", "aligned"),
     [
         pytest.param(
-            *build, id="-".join(map(str, build)), marks=() if build[0] in OFTEN else pytest.mark.slow
+            *build,
+            id="-".join(map(str, build)),
+            marks=() if build[0] == "32bit" and build[1:] in QUICK else pytest.mark.slow,
         )
         for build in itertools.product(KERNELS, WEIGHTS, (True, False))
     ],

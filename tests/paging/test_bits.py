@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order
 
 Result = tuple[list[bytes], list[dict[str, bytes]]]
+EXAMPLES = int(os.environ.get("ADAMW_TRITON_EXAMPLES", "15"))
 PAGE_SIZES = (1, 700, 5_000, 20_000, 64 << 20)
 """Bytes: from one block to everything."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +68,7 @@ class Story:
     "transfer",
     ["copy", pytest.param("zero_copy", marks=pytest.mark.slow), pytest.param("auto", marks=pytest.mark.slow)],
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     page_bytes=st.sampled_from(PAGE_SIZES),

@@ -1,5 +1,5 @@
 """What is chosen in seventy situations. The expectations were worked out from the rules with a calculator
-that knows nothing of this package:
+that knows nothing of this package, for weights that are rounded to nearest:
 
 - for state remain the card's memory, less what other processes take, 500 MiB for the driver, weights,
   gradients, activations, and 2% of the memory
@@ -167,6 +167,8 @@ def test_what_is_chosen(
         host_memory=int(host * GiB),
         activations=int(activations * GiB),
         prefer=prefer,
+        master_weights=False,
+        stochastic_rounding=False,
     )
     assert (None if plan.chosen is None else plan.chosen.name) == expected
     first = plan.candidates[0]
