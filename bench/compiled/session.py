@@ -28,6 +28,7 @@ from bench.ptx.emulator import Emulator
 from bench.ptx.floats import Approximation
 from bench.ptx.memory import GlobalMemory, Range, SharedMemory
 from bench.ptx.parser import parse
+from bench.ptx.program import PtxError
 
 TABLES = ("addresses", "tensors", "chunks", "hyper")
 """What the launcher makes for a launch; every other pointer is an array of the state."""
@@ -150,6 +151,8 @@ def pieces(array: torch.Tensor, per: int, places: Sequence[tuple[int, int, str]]
     elements, name)."""
     for offset, numel, name in places:
         begin, end = offset // per, -(-(offset + numel) // per)
+        if not 0 <= begin <= end <= array.numel():
+            raise PtxError(f"by its tables a launch has entries {begin} to {end} of {array.numel()}: {name}")
         size = array.element_size()
         yield Range(array.data_ptr() + begin * size, (end - begin) * size, name)
 

@@ -40,6 +40,8 @@ def _access(instruction: Instruction, approximation: floats.Approximation) -> St
         raise Unsupported(instruction, "vector of another length in")
     size = bits_of(kind) // 8
     if space == "param":
+        if instruction.parts[0] != "ld" or len(items) != 1:
+            raise Unsupported(instruction)
         return _load_parameter(instruction, address, kind, writer(items[0], kind, instruction))
     addresses = _address_reader(instruction, address, space)
     raw = STORAGE[8 * size]

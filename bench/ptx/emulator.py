@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from bench.ptx.floats import Array
 from bench.ptx.instructions import decode
 from bench.ptx.memory import GlobalMemory, SharedMemory
 from bench.ptx.operands import Step
-from bench.ptx.program import Instruction, Program, PtxError, Symbol, Unsupported
+from bench.ptx.program import Immediate, Instruction, Program, PtxError, Symbol, Unsupported
 from bench.ptx.records import Who
 from bench.ptx.warps import WARP, require_whole_warps
 
@@ -103,7 +103,7 @@ class Emulator:
     def _blocks(self) -> list[Block]:
         instructions, labels = self.program.instructions, self.program.labels
         targets = {
-            labels[o.name]
+            _place_of(o, i, labels)
             for i in instructions
             if i.parts[0] == "bra"
             for o in i.operands
@@ -125,7 +125,7 @@ class Emulator:
                 (label,) = block.end.operands
                 if not isinstance(label, Symbol):
                     raise Unsupported(block.end)
-                block.target = starts[labels[label.name]]
+                block.target = starts[_place_of(label, block.end, labels)]
         return blocks
 
     # Launching
@@ -224,6 +224,8 @@ class Emulator:
                 "barrier.sync.aligned",
             ):
                 raise Unsupported(end)
+            if end.operands != (Immediate(0),):
+                raise Unsupported(end, "a barrier of some threads, or another than number 0, in")
             require_whole_warps(end, t, mask)
             at[here] = _WAITING
             rows = np.unique(t.row[here])
@@ -241,6 +243,12 @@ class Emulator:
                 by_cta[full] = (t.waiting[full] + 1)[:, None]
                 t.waiting[full] = -1
                 t.epochs[full] += 1
+
+
+def _place_of(label: Symbol, branch: Instruction, labels: Mapping[str, int]) -> int:
+    if label.name not in labels:
+        raise Unsupported(branch, f"no label {label.name!r} for")
+    return labels[label.name]
 
 
 def _guarded(instruction: Instruction, t: Threads, mask: Array | None) -> Array | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from bench.ptx import accesses, arithmetic, bits, conversions, warps
 from bench.ptx.floats import Approximation
 from bench.ptx.operands import Decoder, Step
-from bench.ptx.program import Instruction, Unsupported
+from bench.ptx.program import Instruction, PtxError, Unsupported
 
 _FAMILIES: dict[str, Decoder] = {
     **arithmetic.FAMILIES,
@@ -30,4 +30,9 @@ def decode(instruction: Instruction, approximation: Approximation) -> Step:
     if not approximation.flush:
         opcode = ".".join(part for part in instruction.parts if part != "ftz")
         instruction = replace(instruction, opcode=opcode)
-    return decoder(instruction, approximation)
+    try:
+        return decoder(instruction, approximation)
+    except PtxError:
+        raise
+    except Exception as error:  # of a family that has the opcode, but not with these types or operands
+        raise Unsupported(instruction) from error

@@ -105,6 +105,17 @@ def test_what_no_kernel_may_do_is_refused(body: str) -> None:
         "ld.global.L9::x.b32 %r20, [%d4];",
         "bar.red.popc.u32 %r20, 0, %p1;",
         "shfl.sync.bfly.b32 %r20|%p1, %r1, 1, 31, -1;",
+        "bar.sync 0, 32;",
+        "bar.sync 1;",
+        "bar.sync %r1;",
+        "add.bf16x2 %r20, %r10, %r11;",
+        "abs.f16x2 %r20, %r10;",
+        "cvt.rn.f32.e4m3 %r20, %r10;",
+        "min.s16x2 %r20, %r10, %r11;",
+        "mov.b128 %r20, %r10;",
+        "st.param.b32 [kernel_param_0], %r1;",
+        "ld.param.v2.b32 {%r20, %r21}, [kernel_param_0];",
+        "bra NOWHERE;",
     ],
 )
 def test_what_is_not_modelled_names_itself_and_its_line(line: str) -> None:
