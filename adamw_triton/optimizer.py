@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -242,6 +242,54 @@ class AdamW(torch.optim.Optimizer):
         """Bytes of state by place ("gpu", "host"), of staging buffers on the GPU ("staging"), and of
         state by format ("32bit", "8bit"). Empty of state before the first step."""
         return self._store.memory()
+
+    @torch.no_grad()
+    @lasting()
+    def master_weight(self, param: Tensor) -> Tensor:
+        """A parameter's exact weight: a new fp32 tensor of its shape, on its device. Of one that is not kept
+        exactly, what it is.
+
+        Raises:
+            ValueError: the optimizer does not have this parameter.
+        """
+        return self._masters().weight(param)
+
+    @torch.no_grad()
+    @lasting()
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """``model.state_dict()`` in host memory, with exact weights, in fp32, in place of the parameters that
+        have them. Everything else is as it is.
+
+        Raises:
+            ValueError: the optimizer has no parameter of this model.
+        """
+        return self._masters().state_dict(model)
+
+    @torch.no_grad()
+    @lasting()
+    def load_master_state_dict(self, model: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """The way back: load all weights of the model, and of those that are kept exactly also what their 16
+        bits lack. Moments and step counts stay as they are. Before the first step, too.
+
+        Args:
+            state_dict: of ``master_state_dict``, or anybody's of this model, in any floating dtype. Of tied
+                weights one name is enough.
+
+        Raises:
+            ValueError: what is missing, unknown or wrong; nothing is changed then.
+            MemoryError, torch.OutOfMemoryError: there is no memory for the state; nothing is changed then.
+        """
+        masters = self._masters()
+        incoming = masters.check(model, state_dict)
+        with self._store.hold():
+            exact = self._places.keep(model.parameters(), self.param_groups, self.state)
+            with self._whole.commit():
+                self._masters().load(incoming, exact)
+
+    def _masters(self) -> checkpoint.Masters:
+        self._whole.check()
+        self._store.finish()
+        return checkpoint.Masters(self.param_groups, self.state, self._store.slots)
 
     def state_dict(self, *, state_format: str | None = None) -> dict[str, Any]:
         """As torch's. Call it between steps. What others keep in ``state`` is part of it, as it is.

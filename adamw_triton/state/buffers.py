@@ -72,6 +72,15 @@ class Slot:
             return False
         return all(entry.get(key) is view for key, view in self.entry.items())
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody else has written to the parameter since ``remember``."""
+        return self.version not in (None, _version(self.param))
+
+    def remember(self) -> None:
+        """What the parameter is now."""
+        self.version = _version(self.param)
+
     def lay_out(self, strides: tuple[int, ...]) -> None:
         """Have the state in another memory order, as codes that come from elsewhere are."""
         if strides != self.strides:
@@ -118,6 +127,11 @@ class Slot:
         change theirs, and ours says what it was."""
         self.entry = {"step": self.buffer.steps[self.index], **self.shaped(self.flat())}
         return dict(self.entry)
+
+
+def _version(param: Tensor) -> int | None:
+    """What torch counts up whenever it writes to a tensor, but through ``.data``."""
+    return None if param.is_inference() else param._version
 
 
 class StateBuffer:

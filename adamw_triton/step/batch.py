@@ -172,7 +172,7 @@ class Batch:
 
     def changed(self) -> list[Slot]:
         """Of whose exact weights somebody else has written the visible part since our last step."""
-        return [slot for slot in self._exact if slot.version not in (None, _version(slot.param))]
+        return [slot for slot in self._exact if slot.overwritten]
 
     def begin_anew(self, changed: Sequence[Slot]) -> None:
         """Their exact weights are what is there now."""
@@ -183,17 +183,12 @@ class Batch:
     def remember(self) -> None:
         """After a step, what the parameters are."""
         for slot in self._exact:
-            slot.version = _version(slot.param)
+            slot.remember()
 
     def count(self) -> None:
         """One step more for every parameter."""
         for buffer, counted in self._counts:
             buffer.steps += counted
-
-
-def _version(param: Tensor) -> int | None:
-    """What torch counts up whenever it writes to a tensor, but through ``.data``."""
-    return None if param.is_inference() else param._version
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
