@@ -124,7 +124,7 @@ def test_transformers_loads_what_was_converted(tmp_path: Path) -> None:
     wanted = optimizer_of(trained).master_state_dict(model)
     out = folder / "model.safetensors"  # over the weights of 16 bits
     assert main(["convert", str(folder), str(out), "--to", "master"]) == 0
-    loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    loaded = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
 
