@@ -10,6 +10,7 @@ SUITES = {
     "train": "a Llama trained: step time, memory, loss",
     "first": "seconds of a first step: compiled, and from Triton's cache",
     "convergence": "losses by seed, beside the noise of fp32 itself",
+    "precision": "what 16-bit weights lose: nearest, stochastic and exact ones beside fp32's curve",
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
     "compiled": "the compiled kernels on an emulator of PTX, beside their specification",

@@ -50,11 +50,11 @@ def _torch(**how: Any) -> Build:
     )
 
 
-def _ours(variant: str) -> Build:
+def _ours(variant: str, **how: Any) -> Build:
     def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
         import adamw_triton
 
-        return adamw_triton.AdamW(params, lr, BETAS, EPS, decay, variant=variant)
+        return adamw_triton.AdamW(params, lr, BETAS, EPS, decay, variant=variant, **how)
 
     return build
 
@@ -166,6 +166,13 @@ OPTIMIZERS = (
     Optimizer("optimi", _optimi, "torch-optimi", 32),
 )
 RESIDENT = tuple(one for one in OPTIMIZERS if not one.paged)
+EXACT = tuple(
+    Optimizer(
+        f"adamw_triton {bits}bit, exact", _ours(f"{bits}bit", master_weights=True), "adamw-triton", bits
+    )
+    for bits in (32, 8)
+)
+"""Keep weights of 16 bits exactly; fp32 ones are as they are."""
 
 
 def runnable(

@@ -111,8 +111,12 @@ class FormulaAdamW:
             m = beta1 * m + (1 - beta1) * g1
             v = beta2 * v + (1 - beta2) * g2 * g2
             update = (m / correction1).flatten() / ((v / correction2).sqrt().flatten() + self.eps)
-            p -= self.lr * update[: p.numel()].view_as(p)
+            self.add(p, -self.lr * update[: p.numel()].view_as(p))
             self._store(p, [m, v])
+
+    def add(self, p: Tensor, change: Tensor) -> None:
+        """An fp32 change to a parameter."""
+        p += change
 
     def _load(self, p: Tensor) -> list[Tensor]:
         state = self.state[p]

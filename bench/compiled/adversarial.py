@@ -1,15 +1,7 @@
-"""Extreme inputs: where the compiled kernel and the specification differ, and whether a known cause explains
-it.
+"""Extreme inputs: where the compiled kernel differs from the specification, and whether the known cause
+explains it, subnormal v: the compiled square roots have .ftz, so v below 2**-126 counts as zero.
 
-Causes are decided from the exact numbers of an element, never from what the kernel gave:
-
-- subnormal v: the compiled square roots have .ftz, so v below 2**-126 counts as zero
-- lost element: its v is NaN or infinite; what its codes are is said nowhere but in a comment of the
-  specification
-- beyond the scale: where v of one element has overflowed, its block keeps the old scale, and codes of
-  elements that are larger have no meaning: the kernel stores the low byte of a number above 255, and what
-  torch makes of it on a CPU is undefined
-- overflow on the way: m over the denominator is beyond fp32; the kernel multiplies by the learning rate first
+The cause is decided from the exact numbers of an element, never from what the kernel gave.
 """
 
 from __future__ import annotations
@@ -23,11 +15,11 @@ from bench.compiled.extremes import adversarial_8bit, adversarial_32bit
 from bench.compiled.problems import Kernel, Problem
 
 SMALLEST_NORMAL = 2.0**-126
-FP32_MAX = float(torch.finfo(torch.float32).max)
+CAUSE = "subnormal v"
 
 
-def new_moments(before: Problem) -> tuple[Tensor, Tensor]:
-    """m and v of the only tensor after the step, by the specification, before any encoding."""
+def new_v(before: Problem) -> Tensor:
+    """Of the only tensor after the step, by the specification, before any encoding."""
     kernel, n = before.kernel, before.layout.numels[0]
     state = {name: before.of_tensors(array, before.per(name)) for name, array in before.state.items()}
     if kernel.block:
@@ -37,28 +29,7 @@ def new_moments(before: Problem) -> tuple[Tensor, Tensor]:
     reference._new_moments(m, v, before.grads[0].clone(), reference.Row.of_all(before.hyper)[0])
     if kernel.amsgrad:
         v = torch.maximum(state["max_exp_avg_sq"], v)
-    return m[:n], v[:n]
-
-
-def causes(before: Problem) -> dict[str, Tensor]:
-    """Elements for which each known cause is at work."""
-    m, v = new_moments(before)
-    inv_root_correction2, eps = before.hyper[0, 3].double(), before.hyper[0, 4].double()
-    denominator = v.double().sqrt() * inv_root_correction2 + eps
-    found = {
-        "subnormal v": (v > 0) & (v < SMALLEST_NORMAL),
-        "lost element": ~v.isfinite(),
-        "overflow on the way": (m.double().abs() / denominator > FP32_MAX) & m.isfinite(),
-    }
-    if before.kernel.block:
-        block, root = before.kernel.block, v.double().sqrt()
-        overflown = _any_of_block(root > codes.LARGEST_ROOT, block)
-        scale = before.of_tensors(before.state["exp_avg_sq_scales"], block).double()
-        found["beyond the scale"] = (
-            overflown.repeat_interleave(block) & (scale > 0).repeat_interleave(block)
-        )[: len(v)]
-        found["beyond the scale"] &= root > scale.repeat_interleave(block)[: len(v)]
-    return found
+    return v[:n]
 
 
 def check_adversarial(
@@ -70,7 +41,7 @@ def check_adversarial(
     step: int,
     flush: bool = True,
 ) -> tuple[list[str], dict[str, int], dict[str, str]]:
-    """What no cause explains; how many elements each cause explains, and an example of each.
+    """What the cause does not explain; of how many elements of each array it does, and an example of each.
 
     Without ``flush``, the kernel runs as if no instruction had .ftz: then subnormal v explains nothing.
     """
@@ -82,27 +53,25 @@ def check_adversarial(
     problems: list[str] = []
     if not ours.untouched(before):
         problems.append("memory outside the tensors has changed")
-    known = causes(before)
+    if not ours.settled():
+        problems.append("weights are not the rounding of what is kept exactly")
+    v = new_v(before)
+    subnormal = (v > 0) & (v < SMALLEST_NORMAL)
     slack = torch.zeros(before.layout.numels)
     if not flush:
         # But a weight feels the rounding of such a v, of which one ulp is more than one of a float.
-        small = known.pop("subnormal v")
-        slack[small] = SMALLEST_NORMAL / new_moments(before)[1][small]
+        slack[subnormal] = SMALLEST_NORMAL / v[subnormal]
     explained: dict[str, int] = {}
     examples: dict[str, str] = {}
     label = f"adversarial eps={eps:g} step {step}"
     for name, (far, limit) in _differences(before, ours, expected).items():
         bad = far > (limit + slack if name == "weight" else limit)
-        if name in ("exp_avg_codes", "exp_avg_scales") and kernel.block:
-            bad &= _comparable(name, before, ours, expected, known["lost element"])
-        for cause, where in known.items():
-            if cause == "overflow on the way" and name != "weight":
-                continue
-            at_work = bad & (_any_of_block(where, kernel.block) if name.endswith("scales") else where)
-            key = f"{name}: {cause}"
-            if at_work.any():
-                explained[key] = int(at_work.sum())
-                examples[key] = describe(int(at_work.nonzero()[0]), name, before, ours, expected)
+        if name in ("exp_avg_codes", "exp_avg_scales"):
+            bad &= _comparable(name, ours, expected)
+        at_work = bad & (_any_of_block(subnormal, kernel.block) if name.endswith("scales") else subnormal)
+        if flush and at_work.any():
+            explained[f"{name}: {CAUSE}"] = int(at_work.sum())
+            examples[f"{name}: {CAUSE}"] = describe(int(at_work.nonzero()[0]), name, before, ours, expected)
             bad &= ~at_work
         if bad.any():
             example = describe(int(bad.nonzero()[0]), name, before, ours, expected)
@@ -112,12 +81,13 @@ def check_adversarial(
 
 def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str, tuple[Tensor, float]]:
     """Of weights and each state array: how far apart, and how far they may be."""
-    kernel, param = before.kernel, before.params[0]
-    change = 2 * (expected.params[0].float() - param.float())
-    limit = LIMITS["weight"] if param.dtype == torch.float32 else 1.0
-    found = {"weight": (distance(ours.params[0], expected.params[0], param, change), limit)}
+    kernel = before.kernel
+    p, q, old = (problem.weights() for problem in (ours, expected, before))
+    change = 2 * (q.float() - old.float())
+    limit = LIMITS["weight"] if p.dtype == torch.float32 else 1.0
+    found = {"weight": (distance(p, q, old, change), limit)}
     g = expected.grads[0].float() * expected.hyper[0, 0]
-    for name in expected.state:
+    for name in kernel.moments:
         a, b, o = (p.of_tensors(p.state[name], p.per(name)) for p in (ours, expected, before))
         if name.endswith("codes"):
             found[name] = (a.float() - b.float()).abs().double(), 1.0
@@ -128,15 +98,12 @@ def _differences(before: Problem, ours: Problem, expected: Problem) -> dict[str,
     return found
 
 
-def _comparable(name: str, before: Problem, ours: Problem, expected: Problem, lost: Tensor) -> Tensor:
-    """m is stored relative to the decoded v: only blocks whose codes of v are the same, lost elements apart,
-    can be compared."""
-    block = before.kernel.block
-    codes = [p.of_tensors(p.state["exp_avg_sq_codes"]) for p in (ours, expected)]
-    different = _any_of_block((codes[0] != codes[1]) & ~lost, block)
-    if name.endswith("scales"):
-        return ~different
-    return ~different.repeat_interleave(block)[: len(lost)]
+def _comparable(name: str, ours: Problem, expected: Problem) -> Tensor:
+    """m is stored relative to the decoded v: only blocks whose codes of v are the same can be compared."""
+    a, b = (p.of_tensors(p.state["exp_avg_sq_codes"]) for p in (ours, expected))
+    block = ours.kernel.block
+    same = ~_any_of_block(a != b, block)
+    return same if name.endswith("scales") else same.repeat_interleave(block)[: len(a)]
 
 
 def _any_of_block(where: Tensor, block: int) -> Tensor:
@@ -147,11 +114,11 @@ def describe(at: int, name: str, before: Problem, ours: Problem, theirs: Problem
     """All that went into an element, or of scales into a block, and what came out."""
     block = before.kernel.block
     element = at * block if name.endswith("scales") else at
-    given = {"p": before.params[0][element], "g": before.grads[0][element]}
+    given = {"p": before.weights()[element], "g": before.grads[0][element]}
     if name.endswith("scales"):
         given["largest |g| of the block"] = before.grads[0][element : element + block].abs().max()
     for key, array in before.state.items():
         given[key] = array[element // before.per(key)]
-    a, b = ((p.params[0] if name == "weight" else p.state[name])[at] for p in (ours, theirs))
+    a, b = ((p.weights() if name == "weight" else p.state[name])[at] for p in (ours, theirs))
     inputs = ", ".join(f"{key}={float(value):g}" for key, value in given.items())
     return f"[{at}] {inputs}: compiled {float(a):g}, reference {float(b):g}"

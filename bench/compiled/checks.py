@@ -51,14 +51,18 @@ class Case:
 
 
 def cases(capabilities: Sequence[int], pairs: Sequence[tuple[str, str]] | None = None) -> list[Case]:
-    """Every kernel with these pairs of dtypes, or with all, for aligned memory and not."""
-    chosen = list(itertools.product(DTYPES, repeat=2)) if pairs is None else pairs
+    """Every kernel with what it has of these pairs of dtypes, or with all, for aligned memory and not."""
     return [
-        Case(capability, kernel, *pair, aligned)
-        for capability, kernel, pair, aligned in itertools.product(
-            capabilities, KERNELS, chosen, (True, False)
-        )
+        Case(capability, kernel.name, *pair, aligned)
+        for capability, kernel in itertools.product(capabilities, KERNELS.values())
+        for pair, aligned in itertools.product(_pairs(kernel, pairs), (True, False))
     ]
+
+
+def _pairs(kernel: Kernel, pairs: Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
+    """If it has none of these, one that it has."""
+    chosen = itertools.product(DTYPES, repeat=2) if pairs is None else pairs
+    return [pair for pair in chosen if pair[0] in kernel.params] or [(kernel.params[0], kernel.params[0])]
 
 
 def check_ordinary(case: Case, report: Report, steps: int) -> None:

@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from adamw_triton_kernels.work import REMAINDER
 from bench.compiled.problems import Kernel, Problem, hypers
 
 EXTREMES = (0.0, -0.0, 1e-45, -1e-40, 1.1e-38, 1.3e-38, 1e-30, -1e-20, 1e-12, 1e-8, -1.0, 300.0, 1e10, 1e18,
@@ -29,7 +30,23 @@ def adversarial_32bit(
         problem.state["max_exp_avg_sq"][: len(p)] = v[
             torch.randperm(len(v), generator=torch.Generator().manual_seed(3))
         ]
+    keep(problem)
     return problem
+
+
+def keep(problem: Problem) -> None:
+    """What is kept of every other weight is anything: remainders of all bits, masters of other weights."""
+    weights, generator = problem.kernel.weights, torch.Generator().manual_seed(5)
+    if not problem.kernel.exact:
+        return
+    p, kept = problem.params[0].float(), problem.state[weights]
+    kept[: len(p)] = 0 if weights == REMAINDER else p
+    if weights == REMAINDER:
+        anything = torch.randint(-(2**15), 2**15, p.shape, generator=generator).to(torch.int16)
+    else:
+        near = 1 + 1e-3 * torch.rand(p.shape, generator=generator)  # a few units in the last place at most
+        anything = p * near
+    kept[1 : len(p) : 2] = anything[1::2]
 
 
 V_SCALES = (0.0, 9e-19, 1.2e-18, 1e-9, 1.0, 1e10, 1.7e19)
@@ -61,4 +78,5 @@ def adversarial_8bit(
     state["exp_avg_scales"][used] = torch.tensor([m for _, _, m in cases]).bfloat16()
     state["exp_avg_sq_codes"][:numel] = torch.randint(0, 256, (numel,), generator=generator).to(torch.uint8)
     state["exp_avg_codes"][:numel] = torch.randint(-127, 128, (numel,), generator=generator).to(torch.int8)
+    keep(problem)
     return problem

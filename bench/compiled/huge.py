@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adamw_triton_kernels import Layout, reference
+from adamw_triton_kernels import Layout
 from adamw_triton_kernels.launch import chunk_table
 from bench.compiled.comparison import distance
 from bench.compiled.problems import Kernel, Problem, hypers
@@ -55,16 +55,22 @@ def _untouched(numel: int, dtype: torch.dtype) -> Tensor:
 
 def _different(problem: Problem, at: slice, old: Tensor, g: Tensor) -> list[str]:
     """These elements of the large tensor, and the same numbers as a tensor of their own."""
-    kernel, n, p = problem.kernel, len(old), old.clone()
+    kernel, n = problem.kernel, len(old)
     expected = {
         key: torch.zeros(entries, dtype=dtype)
         for key, (entries, dtype) in kernel.arrays(-(-n // 256) * 256).items()
     }
-    alone = Layout((n,), (0,), (problem.layout.firsts[1] + at.start,), (1,))
-    getattr(reference, kernel.update)([p], [g], expected, alone, problem.hyper)
-    apart = float(distance(problem.params[1][at], p, old, 2 * (p.float() - old.float())).max())
+    layout = Layout((n,), (0,), (problem.layout.firsts[1] + at.start,), (1,))
+    alone = Problem(kernel, [old.clone()], [g], expected, layout, problem.hyper)
+    alone.step_in_torch()
+    begin = problem.layout.offsets[1] + at.start
+    there = Layout((n,), (begin,), (0,), (1,))
+    p = Problem(kernel, [problem.params[1][at]], [g], problem.state, there, problem.hyper).weights()
+    q = alone.weights()
+    apart = float(distance(p, q, old, 2 * (q.float() - old.float())).max())
     differ = {"weights": torch.tensor([apart > (8 if p.dtype == torch.float32 else 1)])}
-    for key, array in expected.items():
+    for key in kernel.moments:
+        array = expected[key]
         begin, end = (-(-(problem.layout.offsets[1] + i) // problem.per(key)) for i in (at.start, at.stop))
         a, b = problem.state[key][begin:end], array[: end - begin]
         if key.endswith("codes"):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamw_triton_kernels import Hyper, Layout, hyper_table, reference
+from adamw_triton_kernels import Hyper, Layout, Update, hyper_table, reference
+from adamw_triton_kernels.weights import read, write
+from adamw_triton_kernels.work import MASTER, NEAREST, REMAINDER, STOCHASTIC
 from bench.compiled.session import Session, compiled, in_triton, pieces, whole
 from bench.ptx.memory import Range
 
@@ -30,6 +32,17 @@ class Kernel:
     update: str
     block: int = 0
     amsgrad: bool = False
+    weights: str = NEAREST
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Dtypes of parameters that it has, by name."""
+        return _PARAMS[self.weights]
+
+    @property
+    def exact(self) -> bool:
+        """Whether a state array goes with the weights."""
+        return self.weights in _KEPT
 
     @property
     def module(self) -> ModuleType:
@@ -47,6 +60,15 @@ class Kernel:
 
     def arrays(self, numel: int) -> dict[str, tuple[int, torch.dtype]]:
         """Entries and dtype of each state array."""
+        kept = {self.weights: (numel, _KEPT[self.weights])} if self.exact else {}
+        return self._moments(numel) | kept
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the state arrays without that of the weights."""
+        return tuple(self._moments(0))
+
+    def _moments(self, numel: int) -> dict[str, tuple[int, torch.dtype]]:
         if self.block:
             blocks = numel // self.block
             return {
@@ -59,14 +81,23 @@ class Kernel:
         return {name: (numel, torch.float32) for name in names}
 
 
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("32bit", "adamw_32bit"),
-        Kernel("32bit amsgrad", "adamw_32bit", amsgrad=True),
-        Kernel("8bit 128", "adamw_8bit", block=128),
-        Kernel("8bit 256", "adamw_8bit", block=256),
-    )
+_KEPT = {REMAINDER: torch.int16, MASTER: torch.float32}
+_PARAMS = {
+    NEAREST: ("fp32", "fp16", "bf16"),
+    STOCHASTIC: ("bf16",),
+    REMAINDER: ("bf16",),
+    MASTER: ("fp16",),
+}
+_NEAREST = (
+    Kernel("32bit", "adamw_32bit"),
+    Kernel("32bit amsgrad", "adamw_32bit", amsgrad=True),
+    Kernel("8bit 128", "adamw_8bit", block=128),
+    Kernel("8bit 256", "adamw_8bit", block=256),
+)
+KERNELS = {kernel.name: kernel for kernel in _NEAREST} | {
+    (name := f"{kernel.name} {weights}"): replace(kernel, name=name, weights=weights)
+    for kernel in _NEAREST
+    for weights in (STOCHASTIC, REMAINDER, MASTER)
 }
 
 
@@ -149,7 +180,10 @@ class Problem:
         return Problem(self.kernel, params, grads, state, layout, self.hyper, list(by_memory.values()))
 
     def step_in_torch(self) -> None:
-        getattr(reference, self.kernel.update)(self.params, self.grads, self.state, self.layout, self.hyper)
+        self._step(getattr(reference, self.kernel.update))
+
+    def _step(self, update: Update) -> None:
+        update(self.params, self.grads, self.state, self.layout, self.hyper, self.kernel.weights)
 
     def step_compiled(self, capability: int, **settings: Any) -> Session:
         """By the kernel that is compiled for sm_``capability``.
@@ -161,8 +195,7 @@ class Problem:
             AccessError, PtxError, TypeError: see `Session.run`.
         """
         with compiled(capability, **{"reach": self.reach(), **settings}) as session:
-            update = in_triton(self.kernel.update, self.params[0].device)
-            update(self.params, self.grads, self.state, self.layout, self.hyper)
+            self._step(in_triton(self.kernel.update, self.params[0].device))
         return session
 
     def reach(self) -> list[Range]:
@@ -195,6 +228,23 @@ class Problem:
     def per(self, name: str) -> int:
         """Elements that share an entry of the array."""
         return self.kernel.block if name.endswith("scales") else 1
+
+    def weights(self) -> Tensor:
+        """Of all tensors, one after another: where they are exact, in fp32."""
+        params = torch.cat(self.params)
+        if not self.kernel.exact:
+            return params
+        return read(params, [self.of_tensors(self.state[self.kernel.weights])], self.kernel.weights)
+
+    def settled(self) -> bool:
+        """Whether weights are the rounding of what is kept exactly: read and written, all stays as it is."""
+        if not self.kernel.exact:
+            return True
+        before = torch.cat(self.params), self.of_tensors(self.state[self.kernel.weights])
+        p, kept = map(torch.empty_like, before)
+        write(self.weights(), p, [kept], self.kernel.weights)
+        same = ((a == b) | (a.isnan() & b.isnan()) for a, b in zip((p, kept), before, strict=True))
+        return all(bool(each.all()) for each in same)
 
     def of_tensors(self, flat: Tensor, per: int = 1) -> Tensor:
         """The entries of an array that belong to tensors, one after another."""

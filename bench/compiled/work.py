@@ -69,10 +69,11 @@ def measure(capability: int, kernel: str, param: str, grad: str, *, aligned: boo
 
 def count(capability: int = 90, pair: tuple[str, str] = ("bf16", "bf16")) -> Iterator[Work]:
     """Every kernel: whole tiles and tails, of the builds for aligned and for misaligned memory."""
-    for kernel in KERNELS:
+    for kernel in KERNELS.values():
+        own = pair if pair[0] in kernel.params else (kernel.params[0], kernel.params[0])
         for aligned in (True, False):
             for tail in (False, True):
-                yield measure(capability, kernel, *pair, aligned=aligned, tail=tail)
+                yield measure(capability, kernel.name, *own, aligned=aligned, tail=tail)
 
 
 def table(counted: Iterable[Work]) -> Table:

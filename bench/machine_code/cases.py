@@ -31,6 +31,7 @@ class Row:
     account: Account | None = None
     failure: str | None = None
     misses: tuple[str, ...] = ()
+    to_move: float = 0.0  # bytes that the step has to load and store for an element
 
     @property
     def missed(self) -> bool:

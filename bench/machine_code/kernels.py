@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import triton.language as tl
 from flashoptim import optimizers as flashoptim  # type: ignore[import-untyped]
 
 from adamw_triton_kernels import adamw_8bit, adamw_32bit
+from adamw_triton_kernels.work import MASTER, REMAINDER, STOCHASTIC
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -38,10 +39,22 @@ class Source(Protocol):
 class Kernel:
     """A kernel to audit."""
 
-    build: Callable[[torch.dtype, torch.dtype], Source]
+    build: Callable[..., Source]  # of the dtypes of parameters and gradients
     state: tuple[torch.dtype, ...]  # what it reads and writes for every element beside the parameter
-    goal: float | None = None  # instructions per element at most, 16-bit on sm_90; None: a peer, not judged
+    goal: float | None = None  # instructions per element at most, 16-bit on sm_90; None: see `beside`
     params: tuple[str, ...] = tuple(DTYPES)  # parameter types it has
+    beside: str = ""  # the kernel of which it may have at most MORE instructions more; without, a peer
+    scales: float = 0.0  # bytes that it reads and writes of state that elements share, to each
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is ours."""
+        return self.goal is not None or bool(self.beside)
+
+    def moves(self, param: torch.dtype, grad: torch.dtype) -> float:
+        """Bytes that it has to load and store for an element."""
+        kept = sum(dtype.itemsize for dtype in self.state) + self.scales
+        return 2 * param.itemsize + grad.itemsize + 2 * kept
 
 
 @dataclass(frozen=True)
@@ -91,16 +104,37 @@ def _flashoptim(param: torch.dtype, grad: torch.dtype, correction: bool) -> Sour
     return _Launch(fn, signature, constexprs, attrs, tile=1024)
 
 
+MORE = 8
+"""Instructions an element that it may cost to keep weights otherwise than to nearest."""
 _FP32 = torch.float32
 _CODES = (torch.int8, torch.uint8)
 
-KERNELS: dict[str, Kernel] = {
+_NEAREST = {
     "32bit": Kernel(adamw_32bit.build, (_FP32, _FP32), goal=28),
     "32bit amsgrad": Kernel(partial(adamw_32bit.build, AMSGRAD=True), (_FP32, _FP32, _FP32), goal=28),
-    "8bit block 128": Kernel(partial(adamw_8bit.build, BLOCK=128), _CODES, goal=60),
-    "8bit block 256": Kernel(partial(adamw_8bit.build, BLOCK=256), _CODES, goal=60),
-    "flashoptim 8bit": Kernel(partial(_flashoptim, correction=False), _CODES),
+    "8bit block 128": Kernel(partial(adamw_8bit.build, BLOCK=128), _CODES, goal=60, scales=4 / 128),
+    "8bit block 256": Kernel(partial(adamw_8bit.build, BLOCK=256), _CODES, goal=60, scales=4 / 256),
+}
+_OTHERWISE: tuple[tuple[str, str, tuple[torch.dtype, ...]], ...] = (
+    (STOCHASTIC, "bf16", ()),
+    (REMAINDER, "bf16", (torch.int16,)),
+    (MASTER, "fp16", (_FP32,)),
+)
+
+
+def _otherwise() -> Iterator[tuple[str, Kernel]]:
+    for name, kernel in _NEAREST.items():
+        for weights, param, kept in _OTHERWISE:
+            build = partial(kernel.build, WEIGHTS=weights)
+            made = Kernel(build, (*kernel.state, *kept), None, (param,), name, kernel.scales)
+            yield f"{name} {weights}", made
+
+
+KERNELS: dict[str, Kernel] = {
+    **_NEAREST,
+    **dict(_otherwise()),
+    "flashoptim 8bit": Kernel(partial(_flashoptim, correction=False), _CODES, scales=4 / 32),
     "flashoptim 8bit corrected": Kernel(
-        partial(_flashoptim, correction=True), (*_CODES, torch.int8), params=("bf16", "fp16")
+        partial(_flashoptim, correction=True), (*_CODES, torch.int8), params=("bf16", "fp16"), scales=4 / 32
     ),
 }

@@ -117,8 +117,11 @@ def _verdict(line: Mapping[str, Row]) -> Cell:
 
 def _details(rows: Sequence[Row]) -> list[Table]:
     """For each target, every figure."""
-    columns = ["kernel, params/grads", *_DETAILS, "verdict"]
-    notes = ["Accesses: of one thread, count x bits. Bytes: what all threads ask for, loads + stores."]
+    columns = ["kernel, params/grads", *_DETAILS, "to move", "verdict"]
+    notes = [
+        "Accesses: of one thread, count x bits. Bytes: what all threads ask for, loads + stores; a block's"
+        " scales more than once. To move: once."
+    ]
     return [
         Table(target, columns, [_detail(row) for row in rows if row.case.target == target], notes)
         for target in dict.fromkeys(row.case.target for row in rows)
@@ -127,7 +130,7 @@ def _details(rows: Sequence[Row]) -> list[Table]:
 
 def _detail(row: Row) -> list[Cell | str]:
     figures = ["" if row.account is None else figure(row.account) for figure in _DETAILS.values()]
-    return [row.case.label, *figures, Cell(row.verdict, "bad" if row.missed else "")]
+    return [row.case.label, *figures, f"{row.to_move:.2f}", Cell(row.verdict, "bad" if row.missed else "")]
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -137,6 +140,7 @@ def _record(row: Row) -> dict[str, Any]:
         "params": case.params,
         "grads": case.grads,
         "target": case.target,
+        "bytes_to_move": row.to_move,
         "verdict": row.verdict,
     }
     if account is None:

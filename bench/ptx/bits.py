@@ -137,12 +137,14 @@ _INTEGER_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
 def _compare(instruction: Instruction, approximation: floats.Approximation) -> Step:
-    """Of floats, eq ... ge are false with NaN, equ ... geu are true; num and nan ask for NaN alone."""
-    parts = instruction.parts
-    name, kind = parts[1], parts[-1]
-    if set(parts[2:-1]) - {"ftz"} or isinstance(instruction.operands[0], Pair):
+    """Of floats, eq ... ge are false with NaN, equ ... geu are true; num and nan ask for NaN alone. Of two in
+    a register, the low ones give the first predicate."""
+    parts, destination = instruction.parts, instruction.operands[0]
+    name, kind = parts[1], parts[-1].removesuffix("x2")
+    two = parts[-1] in ("f16x2", "bf16x2")
+    if set(parts[2:-1]) - (set() if two else {"ftz"}) or isinstance(destination, Pair) != two:
         raise Unsupported(instruction)
-    floating = kind[0] == "f"
+    floating = kind[0] == "f" or kind == "bf16"
     if floating and name in ("num", "nan"):
         compare = lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")  # noqa: E731
     elif floating and name.endswith("u") and name[:-1] in _COMPARISONS:
@@ -155,7 +157,28 @@ def _compare(instruction: Instruction, approximation: floats.Approximation) -> S
     if "ftz" in parts:
         strict = compare
         compare = lambda a, b: strict(floats.flushed(a), floats.flushed(b))  # noqa: E731
+    if isinstance(destination, Pair):
+        widen = floats.from_f16 if kind == "f16" else floats.from_bf16
+        return _compare_two(instruction, destination, compare, widen)
     return apply_to(instruction, compare, [kind, kind], "pred")
+
+
+def _compare_two(
+    instruction: Instruction,
+    pair: Pair,
+    compare: Callable[[Array, Array], Array],
+    widen: Callable[[Array], Array],
+) -> Step:
+    reads = [reader(source, "b32", instruction) for source in instruction.operands[1:]]
+    writes = [writer(item, "pred", instruction) for item in (pair.first, pair.second)]
+
+    def step(t: Any, mask: Array | None) -> None:
+        words = [read(t) for read in reads]
+        for at, write in enumerate(writes):
+            a, b = (widen((word >> np.uint32(16 * at)).astype(np.uint16)) for word in words)
+            write(t, compare(a, b), mask)
+
+    return step
 
 
 def _move(instruction: Instruction, approximation: floats.Approximation) -> Step:

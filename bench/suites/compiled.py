@@ -31,6 +31,7 @@ from bench.compiled.comparison import Report
 from bench.compiled.huge import check_huge
 from bench.compiled.problems import KERNELS
 from bench.report import Cell, Table
+from bench.suite import DTYPES
 
 RESULTS = report.RESULTS / "aot"
 QUICK = (75, 90)
@@ -42,7 +43,8 @@ def huge(case: tuple[int, str]) -> list[str]:
     capability, kernel = case
     torch.set_num_threads(1)
     try:
-        return check_huge(capability, KERNELS[kernel], torch.bfloat16, torch.bfloat16)
+        dtype = DTYPES[KERNELS[kernel].params[-1]]
+        return check_huge(capability, KERNELS[kernel], dtype, dtype)
     except MemoryError:
         return ["the system gives out no memory that is not there"]
 

@@ -93,10 +93,10 @@ def _tile(
     m_scales += start // BLOCK
     v_scales += start // BLOCK
 
-    # The parameters last: in another order some builds spill (`python -m bench compiled`).
+    # In this order no build spills; in others, some do (`python -m bench compiled`).
     g = tl.reshape(tl.load(grad + near, near_mask, OTHER), at.shape).to(tl.float32) * grad_scale
-    q = tl.load(v_codes + at, mask, OTHER).to(tl.float32)
     r = tl.load(m_codes + at, mask, OTHER).to(tl.float32)
+    q = tl.load(v_codes + at, mask, OTHER).to(tl.float32)
     p = tl.reshape(tl.load(param + near, near_mask, OTHER), at.shape)
     p = read_weight(p, kept, at, mask, OTHER, WEIGHTS)
     v_scale = tl.load(v_scales + block, block_mask, OTHER).to(tl.float32)

@@ -119,7 +119,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*tensors)
         if getattr(_thread, "doing", None) == "rehearsing":
             graph_for([torch.empty_like(tensor, device="cpu") for tensor in tensors])
-            return function(*tensors)
+            return function(*[tensor.to("meta") for tensor in tensors])  # some are there
         if not first.is_cpu:
             return function(*tensors)
         graph = graph_for(tensors)

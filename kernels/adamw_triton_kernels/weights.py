@@ -32,7 +32,9 @@ def read(p: Tensor, kept: Sequence[Tensor], weights: str) -> Tensor:
         bits = (p.view(torch.int16).to(torch.int32) << 16) + kept[0].to(torch.int32)
         return bits.view(torch.float32)
     if weights == MASTER:
-        return torch.where(kept[0].to(p.dtype) == p, kept[0], p.float())
+        # By their bits: compiled, numbers of 16 bits are compared as fp32, without having been rounded.
+        same = kept[0].to(p.dtype).view(torch.int16) == p.view(torch.int16)
+        return torch.where(same, kept[0], p.float())
     return p.float()
 
 

@@ -40,8 +40,40 @@ def test_the_audit_sees_what_misses_a_goal():
 
 def test_every_kernel_meets_every_target_with_the_types_it_has():
     cases = audit.cases()
-    assert len(cases) == len(set(cases)) == 8 * (5 * 4 + 2)
+    ours = 4
+    assert len(cases) == len(set(cases)) == 8 * (ours * 4 + ours * 3 + 4 + 2)
     assert {case.target for case in cases} == set(TARGETS)
+    assert {case.params for case in cases if case.kernel.endswith(" remainder")} == {"bf16"}
+    assert {case.params for case in cases if case.kernel.endswith(" master")} == {"fp16"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "size"),
+    [
+        ("32bit", "bf16", 22), ("32bit stochastic", "bf16", 22), ("32bit remainder", "bf16", 26),
+        ("32bit amsgrad remainder", "bf16", 34), ("32bit master", "fp16", 30),
+        ("8bit block 128", "bf16", 10.0625), ("8bit block 128 remainder", "bf16", 14.0625),
+        ("8bit block 256 master", "fp16", 18.03125), ("flashoptim 8bit corrected", "bf16", 12.25),
+    ],
+)  # fmt: skip
+def test_bytes_that_an_element_has_to_move(kernel: str, dtype: str, size: float):
+    assert audit.KERNELS[kernel].moves(audit.DTYPES[dtype], audit.DTYPES[dtype]) == size
+
+
+@pytest.mark.parametrize("more", [8, 9])
+def test_weights_kept_otherwise_may_cost_so_many_instructions_more(monkeypatch, more: int):
+    wanted = audit.widest_accesses([16, 32, 32, 16], [16, 32, 32, 16, 16], 8)
+
+    def count(case: Any) -> Account:
+        instructions = 8 * (20 + more * case.kernel.endswith("remainder"))
+        figures = dict.fromkeys(("barriers", "stack_bytes", "shared_bytes", "spilled_registers"), 0)
+        made = {"instructions": instructions, "accesses": wanted, "registers": 72, "spills": Counter()}
+        return Account(TARGETS["sm_90"], 1024, 128, flags=(), **made, **figures)
+
+    monkeypatch.setattr(audit, "count", count)
+    row = audit.audit(audit.Case("32bit remainder", "bf16", "bf16", "sm_90"))
+    assert row.judged
+    assert row.misses == (() if more == 8 else ("29.0 instructions/element, goal 28",))
 
 
 def test_a_case_that_cannot_be_compiled_is_a_row_that_says_why(monkeypatch):

@@ -19,7 +19,7 @@ from adamw_triton_kernels import Call, Update, reference
 from bench import optimizers, readme, timing, workloads
 from bench.optimizers import OPTIMIZERS, Optimizer, hand_over, runnable, told
 from bench.peers import FORMATS, Codec, Format, FormulaAdamW
-from bench.suites import convergence, memory, paged, roofline, step, train
+from bench.suites import convergence, memory, paged, precision, roofline, step, train
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_KEY = {one.key: one for one in OPTIMIZERS}
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = [one for one in OPTIMIZERS if one.library != "torchao" or one.needs]
     for suite in (step, paged, train, memory):
         monkeypatch.setattr(suite, "OPTIMIZERS", quick, raising=False)
-    monkeypatch.setattr(step, "RESIDENT", [one for one in quick if not one.paged])
+    monkeypatch.setattr(step, "ROWS", [one for one in quick if not one.paged])
     case = step.Case("small", workloads.one(SMALL), "fp32", 3)
     monkeypatch.setattr(step, "cases", lambda device, quick: [case])
     monkeypatch.setattr(timing, "COPIED", 1 << 20)
@@ -51,10 +51,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "task", lambda device, quick, seed: train.Task(llama, 4, device, seed))
     tiny = convergence.Task(width=16, depth=1, batch=2, context=16, steps=2)
     monkeypatch.setattr(convergence, "Task", lambda **_: tiny)
+    little = precision.Task(width=16, depth=1, batch=2, context=16, steps=4)
+    monkeypatch.setattr(precision, "Task", lambda **_: little)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step", "paged", "memory", "train", "convergence", "roofline"])
+@pytest.mark.parametrize("name", ["step", "paged", "memory", "train", "convergence", "precision", "roofline"])
 @pytest.mark.usefixtures("small")
 def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -65,10 +67,24 @@ def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: 
     run = json.loads(written[f"{name}.json"].read_text())["run"]
     assert run["versions"]["torch"]
     assert {"seed", "device", "clocks", "commit", "date"} <= set(run)
-    if name not in ("convergence", "roofline", "memory"):
+    if name not in ("convergence", "precision", "roofline", "memory"):
         page = written[f"{name}.md"].read_text()
         missing = "bitsandbytes paged 8-bit" if name != "step" else "flashoptim 8-bit"
         assert f"{missing} cannot run here: it needs" in page or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bf16", True), ("fp32", False)])
+def test_exact_weights_are_timed_where_there_is_something_to_keep(dtype: str, kept: bool) -> None:
+    ours = [BY_KEY["adamw_triton 32bit"], optimizers.EXACT[0]]
+    case = step.Case("small", workloads.one(SMALL), dtype, 3)
+    found = step.measure(case, ours, "cpu", 0)
+    assert list(found.measured) == [one.key for one in ours[: 1 + kept]]
+    assert not found.reasons
+    rows = step.goals([found]).rows
+    assert [row[0] for row in rows] == ["adamw_triton 32bit, exact / adamw_triton 32bit"] * kept
+    if kept:
+        bytes_of = [found.measured[one.key].bytes_per_element for one in ours]
+        assert bytes_of == [22.0, 26.0]
 
 
 # --- They see what is wrong ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class Problem:
             self.arrays,
             self.layout,
             hyper,
+            self.format.weights,
         )
 
     def bits(self) -> list[Tensor]:
@@ -66,6 +68,12 @@ class Problem:
         (Float32(amsgrad=True), torch.bfloat16, True),
         (Blockwise8(128), torch.float32, True),
         (Blockwise8(256), torch.bfloat16, False),
+        (Float32(weights="stochastic"), torch.bfloat16, True),
+        (Float32(weights="remainder"), torch.bfloat16, False),
+        (Float32(weights="master"), torch.float16, False),
+        (Blockwise8(128, "stochastic"), torch.bfloat16, False),
+        (Blockwise8(128, "remainder"), torch.bfloat16, True),
+        (Blockwise8(256, "master"), torch.float16, False),
     ],
     ids=str,
 )
@@ -195,7 +203,14 @@ def _told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     return reason
 
 
-@pytest.mark.parametrize("state_format", [Float32(), Float32(amsgrad=True), Blockwise8(128)], ids=str)
+@pytest.mark.parametrize(
+    "state_format",
+    [
+        *(Float32(), Float32(amsgrad=True), Blockwise8(128)),
+        *(Float32(weights="stochastic"), Blockwise8(128, "stochastic"), Blockwise8(128, "remainder")),
+    ],
+    ids=str,
+)
 def test_all_is_compiled_before_anything_is_written(
     state_format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,10 +234,10 @@ def test_all_is_compiled_before_anything_is_written(
 
     monkeypatch.setattr(fusion, "_Graph", Graph)
     monkeypatch.setattr(fusion, "PATIENCE", 0)
-    fused = {reference: ("_update", "_update_amsgrad", "_update_8bit"), codes: ("_encode_v", "_encode_m")}
-    for module, names in fused.items():  # forget all graphs
-        for name in names:
-            monkeypatch.setattr(module, name, fusion.fused(getattr(module, name).__wrapped__))
+    for name in ("_encode_v", "_encode_m"):  # forget all graphs
+        monkeypatch.setattr(codes, name, fusion.fused(getattr(codes, name).__wrapped__))
+    for name in ("_update_32bit", "_update_8bit"):
+        monkeypatch.setattr(reference, name, functools.cache(getattr(reference, name).__wrapped__))
     monkeypatch.setattr(reference, "_rehearsed", defaultdict(set))
     problem.step(1)
     assert compiled

@@ -167,3 +167,22 @@ def test_pairs_of_floats() -> None:
     with np.errstate(all="ignore"):
         product = floats.canonical(words[:, 1].copy().view(np.float32) * words[:, 3].copy().view(np.float32))
     assert (got == product.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("name", ["eq", "lt", "geu"])
+def test_comparisons_of_two_halves(kind: str, dtype: torch.dtype, name: str) -> None:
+    words = interesting(256, 5).reshape(-1, 4)
+    words[::3, 1] = words[::3, 0]
+    words[1::3, 1] = (words[1::3, 1] & 0xFFFF0000) | (words[1::3, 0] & 0xFFFF)
+    got, *_ = run(
+        f"setp.{name}.{kind}x2 %p1|%p2, %r10, %r11; selp.b32 %r20, 1, 0, %p1; selp.b32 %r21, 2, 0, %p2;"
+        "or.b32 %r20, %r20, %r21;",
+        words,
+    )
+    halves = torch.from_numpy(words[:, :2].astype(np.uint32).copy().view(np.int16)).view(dtype).view(-1, 2, 2)
+    a, b = halves[:, 0].float(), halves[:, 1].float()
+    unordered = a.isnan() | b.isnan()
+    want = {"eq": a == b, "lt": a < b, "geu": (a >= b) | unordered}[name]
+    assert (torch.from_numpy(got[: len(words)].astype(np.int64)) == want[:, 0] + 2 * want[:, 1]).all()
+    assert 0 < want.sum() < want.numel()
