@@ -29,6 +29,7 @@ from adamw_triton.places.reservations import Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
+from adamw_triton.state.buffers import begin_anew
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
@@ -214,7 +215,7 @@ class AdamW(torch.optim.Optimizer):
             self._store.attach(batch.slots, self.state)
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
-                batch.begin_anew(changed)
+                begin_anew(changed)
             self._store.run(work)
             batch.count()
             batch.copy_back(ordered, items)
@@ -282,14 +283,15 @@ class AdamW(torch.optim.Optimizer):
         masters = self._masters()
         incoming = masters.check(model, state_dict)
         with self._store.hold():
-            exact = self._places.keep(model.parameters(), self.param_groups, self.state)
+            self._places.keep(incoming.exact, self.param_groups, self.state)
             with self._whole.commit():
-                self._masters().load(incoming, exact)
+                masters.load(incoming, self._store.slots)
 
     def _masters(self) -> checkpoint.Masters:
         self._whole.check()
-        self._store.finish()
-        return checkpoint.Masters(self.param_groups, self.state, self._store.slots)
+        self._store.renew(self.state)
+        exact = {id(each.param) for each in self._places.exact(self.param_groups, self.state)}
+        return checkpoint.Masters(self.param_groups, self.state, exact)
 
     def state_dict(self, *, state_format: str | None = None) -> dict[str, Any]:
         """As torch's. Call it between steps. What others keep in ``state`` is part of it, as it is.
@@ -307,7 +309,7 @@ class AdamW(torch.optim.Optimizer):
         """
         writer = checkpoint.Writer(state_format, self._store.slots)
         self._whole.check()
-        self._store.finish()
+        self._store.renew(self.state)
         writing = self.register_state_dict_post_hook(writer, prepend=True)  # before the user's own
         try:
             return super().state_dict()
@@ -361,7 +363,7 @@ class AdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Buffers and tables are rebuilt from ``state`` at the next step.
         self._whole.check()
-        self._store.finish()
+        self._store.renew(self.state)
         kept = (
             "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
             "stochastic_rounding", "_chooser",

@@ -8,6 +8,7 @@ were handed over, and all counts and shapes have to agree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,18 @@ def export(folder: Path, target: Path, orders: Orders, track: Track = iter) -> s
             f"bits): those in {main} are all there is"
         )
     names = _names(folder, state_dict["param_groups"], saved, weights, orders)
-    kept = {}
-    for key in (key for key, each in saved.items() if each.kept):
-        weight = weights[names[key]]
-        kept[_memory(weight)] = _half_of(weight, saved[key], f"{names[key]!r} of {main}")
-    pieces = {name: _pieces(weight, kept.get(_memory(weight))) for name, weight in weights.items()}
+    exact = {}
+    for key, name in names.items():
+        weight, each = weights.get(name), saved.get(key)
+        if weight is not None and (each.kept if each else kept_with(weight.dtype)):
+            exact[_memory(weight)] = _pieces(weight, each, f"{name!r} of {main}")
+    pieces = {
+        name: exact.get(_memory(weight), Pieces(weight.dtype, weight.shape, partial(_cut, weight)))
+        for name, weight in weights.items()
+    }
     model_files.save(pieces, target, track)
     size = target.stat().st_size / 2**20
-    return f"{target}: {len(kept)} exact weights of {len(weights)}, fp32, {size:,.1f} MiB"
+    return f"{target}: {len(exact)} exact weights of {len(weights)}, fp32, {size:,.1f} MiB"
 
 
 def _saved(state_dict: Mapping[str, Any]) -> dict[Any, Saved]:
@@ -122,21 +127,21 @@ def _names(
         raise CheckpointError(_unknown(folder, str(error))) from error
     why = ""
     for way in ways:
-        groups_of_names = [list(group) for group in way if group]
-        sizes, known = [len(group) for group in keys], [len(group) for group in groups_of_names]
-        if sizes != known:
+        if _sizes(way) != _sizes(keys):
             continue
-        found = _matched(keys, groups_of_names)
+        found = _matched(keys, [group for group in way if group])
         why = _fault(found, saved, weights)
         if not why:
             return found
+    usual = " or ".join(str(_sizes(way)) for way in ways)
     counts = (
-        f"the optimizer has groups of {[len(group) for group in keys]} parameters, and of such a model a "
-    )
-    counts += "training would make " + " or ".join(
-        str([len(group) for group in way if group]) for way in ways
+        f"the optimizer has groups of {_sizes(keys)} parameters, and a training of all of the model {usual}"
     )
     raise CheckpointError(_unknown(folder, why or counts))
+
+
+def _sizes(groups: Sequence[Sequence[Any]]) -> list[int]:
+    return [len(group) for group in groups if group]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -178,14 +183,17 @@ def _fault(names: Mapping[Any, str], saved: Mapping[Any, Saved], weights: Mappin
     return ""
 
 
-def _half_of(weight: Tensor, saved: Saved, name: str) -> Tensor:
-    half = kept_with(weight.dtype)
-    if half is None or half not in saved.kept:
+def _pieces(weight: Tensor, saved: Saved | None, name: str) -> Pieces:
+    """Of an exact weight; without state it has never been stepped, and is what it is."""
+    half = str(kept_with(weight.dtype))
+    if saved is None:
+        return Pieces(torch.float32, weight.shape, lambda: map(Tensor.float, _cut(weight)))
+    if half not in saved.kept:
         raise CheckpointError(
             f"{name} has dtype {weight.dtype}, and {OPTIMIZER} keeps what goes with another "
             f"({', '.join(saved.kept)}): these are not the weights that were trained"
         )
-    return saved.kept[half]
+    return Pieces(torch.float32, weight.shape, partial(_together, weight, saved.kept[half], half))
 
 
 def _memory(weight: Tensor) -> tuple[Any, ...]:
@@ -193,14 +201,7 @@ def _memory(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.shape, weight.dtype
 
 
-def _pieces(weight: Tensor, kept: Tensor | None) -> Pieces:
-    if kept is None:
-        return Pieces(weight.dtype, weight.shape, lambda: _cut(weight))
-    return Pieces(torch.float32, weight.shape, lambda: _exact(weight, kept))
-
-
-def _exact(weight: Tensor, kept: Tensor) -> Iterator[Tensor]:
-    half = str(kept_with(weight.dtype))
+def _together(weight: Tensor, kept: Tensor, half: str) -> Iterator[Tensor]:
     for part, other in zip(_cut(weight), _cut(kept), strict=True):
         yield halves.read(part, [other], half)
 

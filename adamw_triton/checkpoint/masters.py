@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,22 +30,22 @@ class Incoming:
     """A model's weights that were found to fit it."""
 
     model: nn.Module
-    targets: Mapping[str, Any]
-    """The model's own tensors."""
-    values: Mapping[str, Any]
-    """What they are to be."""
-    metadata: Any
-    """Of modules, as ``state_dict()`` leaves it."""
+    exact: Mapping[int, tuple[Tensor, Tensor]]
+    """By id of the parameter, it and what it is to be."""
+    rest: Mapping[str, Any]
+    """What the model loads by itself."""
+    rounded: int
+    """How many of the optimizer's weights among them are to have 16 bits."""
 
 
 @dataclass(frozen=True)
 class Masters:
-    """Those of one optimizer, none of whose pages is on its way to the host."""
+    """Those of one optimizer, whose store has been renewed."""
 
     groups: Sequence[Mapping[str, Any]]
     state: State
-    slots: Mapping[int, Slot]
-    """By id of their parameter."""
+    exact: Collection[int]
+    """Ids of the parameters that are kept exactly."""
 
     def weight(self, param: Tensor) -> Tensor:
         """Of one parameter: a new tensor where it is.
@@ -68,8 +68,8 @@ class Masters:
         once: dict[int, Tensor] = {}
         for value in found.values():
             if isinstance(value, Tensor) and id(value) not in once:
-                kept = id(value) in self._ours and self._kept(value) is not None
-                once[id(value)] = self._exact(value, _HOST) if kept else value.detach().to(_HOST)
+                exact = id(value) in self.exact
+                once[id(value)] = self._exact(value, _HOST) if exact else value.detach().to(_HOST)
         found.update([(name, once.get(id(value), value)) for name, value in found.items()])
         return found
 
@@ -99,27 +99,37 @@ class Masters:
             for name in others:
                 if not _equal(state_dict[first], state_dict[name]):
                     raise ValueError(f"{first!r} and {name!r} are one weight of the model, and differ")
-        return Incoming(model, targets, dict(state_dict), getattr(state_dict, "_metadata", None))
+        return self._sorted(model, targets, state_dict)
 
-    def load(self, incoming: Incoming, exact: Sequence[Tensor]) -> None:
-        """Write what was checked: both halves of the weights in ``exact``, others as the model loads them."""
-        halved = set(map(id, exact))
+    def _sorted(self, model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Any]) -> Incoming:
+        exact, rounded = {}, set()
         rest: OrderedDict[str, Any] = OrderedDict()
-        rest._metadata = incoming.metadata  # type: ignore[attr-defined]
-        ours, rounded = {}, set()
-        for name, value in incoming.values.items():
-            target = incoming.targets[name]
-            if id(target) in halved:
-                ours[id(target)] = target, value
+        rest._metadata = getattr(values, "_metadata", None)  # type: ignore[attr-defined]
+        for name, value in values.items():
+            target = targets[name]
+            if id(target) in self.exact:
+                exact[id(target)] = target, value
             else:
                 rest[name] = value
                 if id(target) in self._ours and target.requires_grad and kept_with(target.dtype):
                     rounded.add(id(target))
-        incoming.model.load_state_dict(rest, strict=False)
-        for target, value in ours.values():
-            self._write(target, value)
-        if rounded:
-            _log.warning("%d weights were rounded to 16 bits: master_weights is off", len(rounded))
+        return Incoming(model, exact, rest, len(rounded))
+
+    def load(self, incoming: Incoming, slots: Mapping[int, Slot]) -> None:
+        """Write what was checked: both halves of exact weights, which ``state`` has to show, others as the
+        model loads them.
+
+        Args:
+            slots: by id of their parameter.
+        """
+        incoming.model.load_state_dict(incoming.rest, strict=False)
+        for param, value in incoming.exact.values():
+            self._write(param, value)
+            slot = slots.get(id(param))
+            if slot is not None and slot.format.weights == REMAINDER:
+                slot.remember()
+        if incoming.rounded:
+            _log.warning("%d weights were rounded to 16 bits: master_weights is off", incoming.rounded)
 
     @cached_property
     def _ours(self) -> set[int]:
@@ -141,9 +151,6 @@ class Masters:
 
     def _exact(self, param: Tensor, device: torch.device) -> Tensor:
         kept, value = self._kept(param), param.detach()
-        slot = self.slots.get(id(param))
-        if slot is not None and slot.overwritten and slot.is_shown_by(self.state[param]):
-            kept = None  # the next step will begin it anew
         name = kept_with(param.dtype)
         if kept is None or name is None:
             dtype = value.dtype if value.is_complex() else torch.float32
@@ -158,9 +165,6 @@ class Masters:
             like = read(entry, "parameter").elements
             entry[name] = torch.empty_like(like, dtype=KEPT[name].dtype, device=_HOST)
         weights.write(value.detach().to(_HOST, torch.float32), param, [entry[name]], name)
-        slot = self.slots.get(id(param))
-        if slot is not None and name == REMAINDER:
-            slot.remember()
 
 
 def _check(value: object, target: Tensor, name: str) -> None:

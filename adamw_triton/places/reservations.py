@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,23 +87,20 @@ class Reservations:
         self.store.show(self._wanted(groups, state), state)
         return True
 
-    def keep(self, params: Iterable[Tensor], groups: Groups, state: State) -> list[Tensor]:
-        """Those that are kept exactly. ``state`` shows what goes with them then, before their first step too:
-        in its place, or in plain host memory until it is decided what places there are."""
-        these = set(map(id, params))
-        wanted = [
-            each
-            for each in self._wanted(groups, state)
-            if id(each.param) in these and each.format.weights in KEPT
-        ]
-        exact = [each.param for each in wanted]
+    def exact(self, groups: Groups, state: State) -> list[Wanted]:
+        """Whose weights are kept exactly, or will be from the first step on, as far as it can be told."""
+        return [each for each in self._wanted(groups, state) if each.format.weights in KEPT]
+
+    def keep(self, these: Collection[int], groups: Groups, state: State) -> None:
+        """Have ``state`` show what goes with these exact weights, by id, before their first step too: in its
+        place, or in plain host memory until it is decided what places there are."""
+        wanted = [each for each in self.exact(groups, state) if id(each.param) in these]
         if not self._chooser.decided:
             self.store.show(wanted, state)
-        elif exact:
-            if not (self.intact(groups, state) and self._have_places(set(map(id, exact)), groups, state)):
+        elif wanted:
+            if not (self.intact(groups, state) and self._have_places(these, groups, state)):
                 self.reserve(groups, state)
-            self.store.attach([self.store.slots[id(param)] for param in exact], state)
-        return exact
+            self.store.attach([self.store.slots[id(each.param)] for each in wanted], state)
 
     def reserve(self, groups: Groups, state: State, *, stateful_only: bool = False) -> None:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
@@ -186,7 +183,7 @@ class Reservations:
         items = map(Item, stepped.group_indices, slots, stepped.params, stepped.grads)
         return Batch(list(items), self.store.page_elements)
 
-    def _have_places(self, these: set[int], groups: Groups, state: State) -> bool:
+    def _have_places(self, these: Collection[int], groups: Groups, state: State) -> bool:
         """Whether all these parameters, by id, have those that their groups ask for."""
         slots = self.store.slots
         for param, _, state_format, _ in self._wanted(groups, state):

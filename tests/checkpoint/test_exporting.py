@@ -127,6 +127,19 @@ def test_states_by_name(folder: Path) -> None:
     )
 
 
+def test_what_was_never_stepped(folder: Path) -> None:
+    model = Tied(torch.bfloat16)
+    optimizer = named_optimizer(model)
+    model.hidden.bias.grad = torch.ones(64, dtype=torch.bfloat16)
+    optimizer.step()
+    save(model, optimizer, folder, "bin")
+    exporting.export(folder, folder / "out.safetensors", unknown)
+    found, wanted = load_file(folder / "out.safetensors"), optimizer.master_state_dict(model)
+    assert all(
+        found[name].dtype is value.dtype and torch.equal(found[name], value) for name, value in wanted.items()
+    )
+
+
 def test_other_memory_orders_and_odd_tensors(folder: Path) -> None:
     """The file holds them in its own."""
     weight = nn.Parameter(torch.randn(8, 16, 3, 3).to(torch.bfloat16, memory_format=torch.channels_last))

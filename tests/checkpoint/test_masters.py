@@ -105,6 +105,21 @@ def test_the_state_dict_is_the_models_but_for_its_exact_weights() -> None:
     assert found._metadata == plain._metadata  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dtypes_are_the_same_before_the_first_step_and_without_gradients(variant: str) -> None:
+    model = Tied(torch.bfloat16)
+    optimizer = optimizer_of(model, variant)
+    before = optimizer.master_state_dict(model)
+    assert not optimizer.state
+    model.hidden.bias.grad = torch.ones(64, dtype=torch.bfloat16)
+    optimizer.step()
+    after = optimizer.master_state_dict(model)
+    for name, value in model.named_parameters():
+        wanted = torch.float32 if value.requires_grad else torch.bfloat16
+        assert before[name].dtype is after[name].dtype is wanted
+        assert torch.equal(before[name], after[name]) == (name != "hidden.bias")
+
+
 def test_a_master_is_a_new_tensor_also_where_nothing_is_kept() -> None:
     for dtype in (*HALVES, torch.float32, torch.complex64):
         param = nn.Parameter(torch.randn(3, 5, dtype=torch.complex64 if dtype.is_complex else None).to(dtype))
@@ -131,6 +146,29 @@ def test_a_weight_that_somebody_else_wrote_is_its_own_master() -> None:
         assert torch.equal(optimizer.master_weight(weight), weight.float())
         assert torch.equal(optimizer.master_state_dict(model)["hidden.weight"], weight.float())
         assert not torch.equal(optimizer.master_weight(model.head.weight), model.head.weight.float())
+
+
+@pytest.mark.parametrize("through", ["state_dict", "portable", "pickle", "other format"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_somebody_else_wrote_is_saved_without_an_old_half(variant: str, through: str) -> None:
+    """An average of weights is swapped in, say, and then all is saved without another step."""
+    model = Tied(torch.bfloat16)
+    optimizer = optimizer_of(model, variant)
+    train(optimizer, 2)
+    with torch.no_grad():
+        model.hidden.weight.copy_(torch.randn(64, 64))
+    head = optimizer.master_weight(model.head.weight)
+    if through == "pickle":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    elif through == "other format":
+        optimizer.param_groups[0]["state_bits"] = 32 if "8bit" in variant else 8
+        optimizer.offload()  # settles it
+    else:
+        state = optimizer.state_dict(state_format="portable" if through == "portable" else None)
+        optimizer = optimizer_of(model, variant)
+        optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.master_weight(model.hidden.weight), model.hidden.weight.float())
+    assert torch.equal(optimizer.master_weight(model.head.weight), head)
 
 
 def test_other_memory_orders() -> None:
