@@ -34,7 +34,7 @@ KERNEL_ROOMS = [
     {"rounding"},
     {"__init__"},
     {"reference"},
-    {"codes"},
+    {"codes", "weights"},
     {"fusion", "runs"},
     {"work", "tables"},
 ]
