@@ -11,9 +11,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from adamw_triton.models.architecture import Architecture, CannotBuildError, MissingLibraryError
 from adamw_triton.models.config import LIMITS, SIZES, check_sizes
@@ -22,6 +22,7 @@ from adamw_triton.models.weights import Weight
 _NOT_TO_BUILD = ("auto_map", "attn_implementation", "_attn_implementation", "use_pretrained_backbone")
 """Code of the model's own; kernels that may not be installed; weights from the network."""
 _OFFLINE = "HF_HUB_OFFLINE"
+_Answer = TypeVar("_Answer")
 
 
 def build(config: Mapping[str, Any], dtype: str) -> Architecture:
@@ -31,6 +32,21 @@ def build(config: Mapping[str, Any], dtype: str) -> Architecture:
     Raises:
         CannotBuildError: transformers is not installed, does not know the architecture or refuses the config.
     """
+    return _ask(lambda name: _build(config, dtype, name), config)
+
+
+def orders(config: Mapping[str, Any]) -> list[list[list[str]]]:
+    """A ``models.architecture.Orders``: all that is trained in the model's own order; or in the groups of
+    transformers' Trainer, those first that weight decay is for.
+
+    Raises:
+        CannotBuildError: as of ``build``.
+    """
+    return _ask(lambda name: _orders(config, name), config)
+
+
+def _ask(question: Callable[[str], _Answer], config: Mapping[str, Any]) -> _Answer:
+    """``question``: is given what to call transformers."""
     with _quiet():
         try:
             import transformers
@@ -43,7 +59,7 @@ def build(config: Mapping[str, Any], dtype: str) -> Architecture:
         if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
             raise CannotBuildError(f"{name} does not know model_type {kind!r:.60}")
         try:
-            return _build(config, dtype, name)
+            return question(name)
         except CannotBuildError:
             raise
         except Exception as error:  # whatever its classes make of numbers that do not go together
@@ -51,6 +67,30 @@ def build(config: Mapping[str, Any], dtype: str) -> Architecture:
 
 
 def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
+    settings, model = _model(config, name)
+    tables = _tables(model)
+    weights = [
+        Weight(key, tuple(param.shape), dtype, id(param) not in tables, param.requires_grad)
+        for key, param in model.named_parameters()  # tied ones once
+    ]
+    inner = settings.get_text_config()
+    sizes = {key: getattr(inner, key, None) for key in LIMITS}
+    sizes["is_encoder_decoder"] = getattr(settings, "is_encoder_decoder", False)
+    return Architecture(weights, f"{name} as {type(model).__name__}{_defaults(config, inner)}", sizes)
+
+
+def _orders(config: Mapping[str, Any], name: str) -> list[list[list[str]]]:
+    import transformers
+
+    _, model = _model(config, name)
+    trained = [key for key, param in model.named_parameters() if param.requires_grad]
+    decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    groups = [[key for key in trained if (key in decayed) == decays] for decays in (True, False)]
+    return [[trained], groups]
+
+
+def _model(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """Its settings, and the model on the meta device."""
     import torch
     import transformers
 
@@ -63,15 +103,7 @@ def _build(config: Mapping[str, Any], dtype: str, name: str) -> Architecture:
     with without_values(), torch.device("meta"):
         model = kind(_fitting(settings, kind, name))
         model.tie_weights()
-    tables = _tables(model)
-    weights = [
-        Weight(key, tuple(param.shape), dtype, id(param) not in tables, param.requires_grad)
-        for key, param in model.named_parameters()  # tied ones once
-    ]
-    inner = settings.get_text_config()
-    sizes = {key: getattr(inner, key, None) for key in LIMITS}
-    sizes["is_encoder_decoder"] = getattr(settings, "is_encoder_decoder", False)
-    return Architecture(weights, f"{name} as {type(model).__name__}{_defaults(config, inner)}", sizes)
+    return settings, model
 
 
 def _defaults(config: Mapping[str, Any], settings: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from adamw_triton.places.reservations import Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
+from adamw_triton.state.buffers import begin_anew
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
@@ -214,7 +215,7 @@ class AdamW(torch.optim.Optimizer):
             self._store.attach(batch.slots, self.state)
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
-                batch.begin_anew(changed)
+                begin_anew(changed)
             self._store.run(work)
             batch.count()
             batch.copy_back(ordered, items)
@@ -243,6 +244,55 @@ class AdamW(torch.optim.Optimizer):
         state by format ("32bit", "8bit"). Empty of state before the first step."""
         return self._store.memory()
 
+    @torch.no_grad()
+    @lasting()
+    def master_weight(self, param: Tensor) -> Tensor:
+        """A parameter's exact weight: a new fp32 tensor of its shape, on its device. Of one that is not kept
+        exactly, what it is.
+
+        Raises:
+            ValueError: the optimizer does not have this parameter.
+        """
+        return self._masters().weight(param)
+
+    @torch.no_grad()
+    @lasting()
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """``model.state_dict()`` in host memory, with exact weights, in fp32, in place of the parameters that
+        have them. Everything else is as it is.
+
+        Raises:
+            ValueError: the optimizer has no parameter of this model.
+        """
+        return self._masters().state_dict(model)
+
+    @torch.no_grad()
+    @lasting()
+    def load_master_state_dict(self, model: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """The way back: load all weights of the model, and of those that are kept exactly also what their 16
+        bits lack. Moments and step counts stay as they are. Before the first step, too.
+
+        Args:
+            state_dict: of ``master_state_dict``, or anybody's of this model, in any floating dtype. Of tied
+                weights one name is enough.
+
+        Raises:
+            ValueError: what is missing, unknown or wrong; nothing is changed then.
+            MemoryError, torch.OutOfMemoryError: there is no memory for the state; nothing is changed then.
+        """
+        masters = self._masters()
+        incoming = masters.check(model, state_dict)
+        with self._store.hold():
+            self._places.keep(incoming.exact, self.param_groups, self.state)
+            with self._whole.commit():
+                masters.load(incoming, self._store.slots)
+
+    def _masters(self) -> checkpoint.Masters:
+        self._whole.check()
+        self._store.renew(self.state)
+        exact = {id(each.param) for each in self._places.exact(self.param_groups, self.state)}
+        return checkpoint.Masters(self.param_groups, self.state, exact)
+
     def state_dict(self, *, state_format: str | None = None) -> dict[str, Any]:
         """As torch's. Call it between steps. What others keep in ``state`` is part of it, as it is.
 
@@ -259,7 +309,7 @@ class AdamW(torch.optim.Optimizer):
         """
         writer = checkpoint.Writer(state_format, self._store.slots)
         self._whole.check()
-        self._store.finish()
+        self._store.renew(self.state)
         writing = self.register_state_dict_post_hook(writer, prepend=True)  # before the user's own
         try:
             return super().state_dict()
@@ -313,7 +363,7 @@ class AdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Buffers and tables are rebuilt from ``state`` at the next step.
         self._whole.check()
-        self._store.finish()
+        self._store.renew(self.state)
         kept = (
             "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
             "stochastic_rounding", "_chooser",

@@ -107,6 +107,7 @@ _TABLES = (Part("table", (torch.float32,)), Part("table", (torch.float32,), lowe
 """Of m, and of v."""
 
 _OF_WEIGHTS = {name: Part("elements", (array.dtype,), optional=True) for name, array in KEPT.items()}
+"""Ours, beside anybody's moments."""
 
 DIALECTS = (
     Dialect(
@@ -129,7 +130,7 @@ DIALECTS = (
     ),
     Dialect(
         "bitsandbytes 32-bit",
-        {"state1": _MOMENT, "state2": _SQUARE},
+        {"state1": _MOMENT, "state2": _SQUARE, **_OF_WEIGHTS},
         _renamed(exp_avg="state1", exp_avg_sq="state2"),
         ignored=frozenset({"unorm_vec"}),
     ),
@@ -139,7 +140,8 @@ DIALECTS = (
             f"{part}{moment}": kind
             for moment in (1, 2)
             for part, kind in (("state", _CODES), ("absmax", _SCALES), ("qmap", _TABLES[moment - 1]))
-        },
+        }
+        | _OF_WEIGHTS,
         _looked_up(exp_avg=("state1", "absmax1", "qmap1"), exp_avg_sq=("state2", "absmax2", "qmap2")),
         blocks=(256, 2048),  # the latter before 0.45
         products=(
@@ -154,7 +156,8 @@ DIALECTS = (
             f"{moment}.{part}": kind
             for moment, table in zip(("exp_avg", "exp_avg_sq"), _TABLES, strict=True)
             for part, kind in (("codes", _CODES), ("scale", _SCALES), ("qmap", table))
-        },
+        }
+        | _OF_WEIGHTS,
         _looked_up(
             exp_avg=("exp_avg.codes", "exp_avg.scale", "exp_avg.qmap"),
             exp_avg_sq=("exp_avg_sq.codes", "exp_avg_sq.scale", "exp_avg_sq.qmap"),

@@ -197,7 +197,8 @@ def _not_known(parts: Entry, name: str) -> str:
 
 def _known() -> str:
     return "Known are " + "; ".join(
-        f"{dialect.name} ({', '.join(['step', *dialect.parts])})" for dialect in DIALECTS
+        f"{dialect.name} ({', '.join(['step', *(key for key in dialect.parts if key not in KEPT)])})"
+        for dialect in DIALECTS
     )
 
 

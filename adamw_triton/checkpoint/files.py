@@ -143,16 +143,27 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} is cut short, damaged or no checkpoint: {reason}")
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
+def read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What ``save`` says of a state_dict in the metadata, None if it did not write the file; and the tensors,
+    read from the disk when they are used.
+
+    Raises:
+        CheckpointError: it is damaged.
+        OSError: it cannot be opened.
+    """
     import safetensors
 
     path.open("rb").close()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(_METADATA, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # as above
+            return described, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # as of torch's files
         raise _damaged(path, error) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    described, tensors = read_safetensors(path)
     if described is None:
         raise CheckpointError(
             f"{path} has no {_METADATA!r} in its metadata: it was not written by adamw-triton convert"

@@ -1,4 +1,4 @@
-"""`adamw-triton convert`: a checkpoint of an AdamW's state from one form to another."""
+"""`adamw-triton convert`: a checkpoint of an AdamW's state from one form to another, or its exact weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ FORMS = {
     "native": "8-bit state in our codes, other state in fp32",
     "portable": "all of it in fp32 under torch.optim.AdamW's names",
     "torch": "that, with torch.optim.AdamW's groups",
+    "master": "the model's weights, in fp32 where the state keeps them exactly; IN is a Trainer's checkpoint "
+    "folder, with weights and optimizer.pt, and OUT a .safetensors file",
 }
 
 
@@ -23,7 +25,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The sub-command `convert`."""
     parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
     parser.set_defaults(run=convert)
-    source_help = "a state_dict that torch.save wrote, or a .safetensors file of ours"
+    source_help = (
+        "a state_dict that torch.save wrote, or a .safetensors file of ours; a folder for --to master"
+    )
     parser.add_argument("source", metavar="IN", type=Path, help=source_help)
     parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file if it is called so")
     explained = "; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
@@ -32,7 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    from adamw_triton.checkpoint import conversion
+    from adamw_triton import architectures
+    from adamw_triton.checkpoint import conversion, exporting
     from adamw_triton.checkpoint.files import CheckpointError
 
     try:
@@ -40,7 +45,10 @@ def convert(arguments: argparse.Namespace) -> int:
         from rich.progress import track
 
         bar = partial(track, description=arguments.source.name, console=Console(stderr=True))
-        print(conversion.convert(arguments.source, arguments.target, arguments.to, bar))
+        if arguments.to == "master":
+            print(exporting.export(arguments.source, arguments.target, architectures.orders, bar))
+        else:
+            print(conversion.convert(arguments.source, arguments.target, arguments.to, bar))
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in PACKAGES:

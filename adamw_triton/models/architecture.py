@@ -35,6 +35,11 @@ Build = Callable[[Mapping[str, Any], str], Architecture]
 """From the config, and the dtype of the weights as safetensors writes it."""
 
 
+Orders = Callable[[Mapping[str, Any]], Sequence[Sequence[Sequence[str]]]]
+"""From the config, the ways in which a training may hand parameters to its optimizer: each in groups of their
+names."""
+
+
 def unknown(config: Mapping[str, Any], dtype: str) -> Architecture:
     """A ``Build`` for want of one."""
     raise CannotBuildError

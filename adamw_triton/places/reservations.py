@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.buffers import State
-from adamw_triton.state.formats import as_real, format_for
+from adamw_triton.state.formats import KEPT, as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Apart, Facts, Groups, Stepped
@@ -87,6 +87,21 @@ class Reservations:
         self.store.show(self._wanted(groups, state), state)
         return True
 
+    def exact(self, groups: Groups, state: State) -> list[Wanted]:
+        """Whose weights are kept exactly, or will be from the first step on, as far as it can be told."""
+        return [each for each in self._wanted(groups, state) if each.format.weights in KEPT]
+
+    def keep(self, these: Collection[int], groups: Groups, state: State) -> None:
+        """Have ``state`` show what goes with these exact weights, by id, before their first step too: in its
+        place, or in plain host memory until it is decided what places there are."""
+        wanted = [each for each in self.exact(groups, state) if id(each.param) in these]
+        if not self._chooser.decided:
+            self.store.show(wanted, state)
+        elif wanted:
+            if not (self.intact(groups, state) and self._have_places(these, groups, state)):
+                self.reserve(groups, state)
+            self.store.attach([self.store.slots[id(each.param)] for each in wanted], state)
+
     def reserve(self, groups: Groups, state: State, *, stateful_only: bool = False) -> None:
         """Give all parameters that are trained, or those that have state, their places. If they are all to
         have them, this is a first step, at the latest: then it is decided what places there are."""
@@ -143,7 +158,7 @@ class Reservations:
         apart.check(stepped)
         if kept is None:
             tables.require_eager()
-            if not (ready and self._has_places(stepped, state)):
+            if not (ready and self._have_places(set(map(id, stepped.params)), stepped.groups, state)):
                 if self.rehearse(stepped.groups, state, stepped.grads):
                     return None
                 self.reserve(stepped.groups, state)
@@ -168,10 +183,10 @@ class Reservations:
         items = map(Item, stepped.group_indices, slots, stepped.params, stepped.grads)
         return Batch(list(items), self.store.page_elements)
 
-    def _has_places(self, stepped: Stepped, state: State) -> bool:
-        """Whether all have those that their groups ask for."""
-        slots, these = self.store.slots, set(map(id, stepped.params))
-        for param, _, state_format, _ in self._wanted(stepped.groups, state):
+    def _have_places(self, these: Collection[int], groups: Groups, state: State) -> bool:
+        """Whether all these parameters, by id, have those that their groups ask for."""
+        slots = self.store.slots
+        for param, _, state_format, _ in self._wanted(groups, state):
             slot = slots.get(id(param))
             if id(param) in these and not (slot and slot.fits(param, state_format)):
                 return False

@@ -19,7 +19,7 @@ from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
-from adamw_triton.state.buffers import Slot, State, StateBuffer, make_slots
+from adamw_triton.state.buffers import Slot, State, StateBuffer, begin_anew, make_slots
 from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
@@ -102,6 +102,7 @@ class Store:
                     "optimizer.state[param]) first"
                 )
         with self._still(state):
+            self.renew(state)
             made, page_bytes = make_places(wanted, self.slots, self.policy, self._limits)
             slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, *_ in wanted}
             taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
@@ -170,6 +171,14 @@ class Store:
             pager.finish()
 
     # Between steps
+
+    def renew(self, state: State) -> None:
+        """Before ``state`` is read or goes elsewhere: have all pages on the host, and have exact weights that
+        somebody else has written since the last step be what is there now, as the next step would."""
+        self.finish()
+        slots = [slot for slot in self.slots.values() if slot.overwritten]
+        with torch.no_grad():
+            begin_anew([slot for slot in slots if slot.is_shown_by(state.get(slot.param))])
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

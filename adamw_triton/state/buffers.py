@@ -6,6 +6,7 @@ parameter owns an aligned range.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from torch import Tensor
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Format, as_real, nbytes, round_up
+from adamw_triton_kernels.work import REMAINDER
+
+_log = logging.getLogger("adamw_triton")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 """What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
@@ -72,6 +76,15 @@ class Slot:
             return False
         return all(entry.get(key) is view for key, view in self.entry.items())
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody else has written to the parameter since ``remember``, if that was called."""
+        return self.version not in (None, _version(self.param))
+
+    def remember(self) -> None:
+        """What the parameter is now."""
+        self.version = _version(self.param)
+
     def lay_out(self, strides: tuple[int, ...]) -> None:
         """Have the state in another memory order, as codes that come from elsewhere are."""
         if strides != self.strides:
@@ -118,6 +131,20 @@ class Slot:
         change theirs, and ours says what it was."""
         self.entry = {"step": self.buffer.steps[self.index], **self.shaped(self.flat())}
         return dict(self.entry)
+
+
+def begin_anew(slots: Sequence[Slot]) -> None:
+    """The exact weights of parameters that somebody else has written are what is there now."""
+    for slot in slots:
+        slot.flat()[REMAINDER].zero_()
+        slot.remember()
+    if slots:
+        _log.info("%d exact weights have been changed since the last step, and begin anew", len(slots))
+
+
+def _version(param: Tensor) -> int | None:
+    """What torch counts up whenever it writes to a tensor, but through ``.data``."""
+    return None if param.is_inference() else param._version
 
 
 class StateBuffer:

@@ -128,6 +128,11 @@ def matters(weights: str, dtype: torch.dtype) -> bool:
     return (weights, dtype) in _WEIGHTS_OF
 
 
+def kept_with(dtype: torch.dtype) -> str | None:
+    """What is kept with an exact weight of that dtype, one of ``KEPT``; None if there is nothing to keep."""
+    return _WEIGHTS_OF.get(("exact", dtype))
+
+
 def kept_arrays(weights: str) -> tuple[Array, ...]:
     """What goes with weights that are kept so."""
     return (KEPT[weights],) if weights in KEPT else ()

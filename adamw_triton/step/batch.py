@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Setting
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
 from adamw_triton_kernels.work import REMAINDER
-
-_log = logging.getLogger("adamw_triton")
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -179,28 +176,17 @@ class Batch:
 
     def changed(self) -> list[Slot]:
         """Of whose exact weights somebody else has written the visible part since our last step."""
-        return [slot for slot in self._exact if slot.version not in (None, _version(slot.param))]
-
-    def begin_anew(self, changed: Sequence[Slot]) -> None:
-        """Their exact weights are what is there now."""
-        for slot in changed:
-            slot.flat()[REMAINDER].zero_()
-        _log.info("%d exact weights have been changed since the last step, and begin anew", len(changed))
+        return [slot for slot in self._exact if slot.overwritten]
 
     def remember(self) -> None:
         """After a step, what the parameters are."""
         for slot in self._exact:
-            slot.version = _version(slot.param)
+            slot.remember()
 
     def count(self) -> None:
         """One step more for every parameter."""
         for buffer, counted in self._counts:
             buffer.steps += counted
-
-
-def _version(param: Tensor) -> int | None:
-    """What torch counts up whenever it writes to a tensor, but through ``.data``."""
-    return None if param.is_inference() else param._version
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:

@@ -16,7 +16,13 @@ import pytest
 pytest.importorskip("accelerate")
 
 HERE = Path(__file__).parent
-DEPENDENT = ("test_strings.py", "test_trainer.py", "test_callback.py", "test_the_version.py")
+DEPENDENT = (
+    "test_strings.py",
+    "test_trainer.py",
+    "test_callback.py",
+    "test_masters.py",
+    "test_the_version.py",
+)
 VARIABLE = "ADAMW_TRITON_TRANSFORMERS"
 FOLDERS = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
 
