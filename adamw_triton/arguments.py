@@ -44,7 +44,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"Invalid variant: {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
@@ -113,6 +113,14 @@ def check_group(group: dict[str, Any], default_bits: int, capturable: bool = Fal
     """The hyperparameters of a parameter group; messages begin as torch.optim.AdamW's do. With ``capturable``
     those on a GPU are not read: that would wait for it."""
     check_implementation(*(group.get(key) for key in ("fused", "foreach", "differentiable")))
+    try:
+        _check_hyperparameters(group, default_bits, capturable)
+    except (TypeError, RuntimeError) as error:  # of whatever cannot be compared with numbers
+        given = ", ".join(f"{key}={group[key]!r:.60}" for key in ("lr", "betas", "eps", "weight_decay"))
+        raise TypeError(f"hyperparameters must be numbers, got {given}: {error}") from error
+
+
+def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:
     lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
     for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -229,6 +237,11 @@ def _fault(param: Tensor) -> tuple[type[Exception], str] | None:
         return TypeError, f"has layout {param.layout}; AdamW supports dense parameters only"
     if is_traceable_wrapper_subclass(param):
         return TypeError, f"is a {type(param).__name__}; AdamW does not support wrapped tensors yet"
+    if param.is_inference():
+        return RuntimeError, (
+            "was made in inference mode, and outside of it cannot be written to by views: pass a copy made "
+            "there (param.detach().clone())"
+        )
     if _overlaps(param):
         return ValueError, (
             f"of shape {tuple(param.shape)} and stride {param.stride()} has elements that share memory (an "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import named
+from adamw_triton.arguments import check_group, named
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.entries import Saved, check_others, check_values, has_state, others_of, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
@@ -79,6 +79,7 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
         for index, group in enumerate(state_dict["param_groups"]):
             try:
                 check_numbers(group)
+                check_group({"amsgrad": False, **group}, default_bits=32)
             except ValueError as error:
                 raise ValueError(f"param_groups[{index}]: {error}") from error
         converted = _converted(state_dict, form, Scratch(target.parent), track)

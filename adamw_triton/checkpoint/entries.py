@@ -227,6 +227,8 @@ def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: s
     if dtypes is not None and value.dtype not in dtypes:
         raise ValueError(f"{what} has dtype {value.dtype}, expected {' or '.join(map(str, dtypes))}")
     plain: Tensor = value.detach().as_subclass(Tensor)
+    if plain._is_zerotensor():
+        plain = plain.clone()
     return plain.resolve_conj().resolve_neg()
 
 

@@ -55,6 +55,8 @@ def load(path: Path) -> Any:
         CheckpointError: it is damaged, or has objects that could run code.
         OSError: it cannot be opened.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path} is no file that could be read anew, but a pipe or a device")
     return _load_safetensors(path) if path.suffix == SAFETENSORS else _load_torch(path)
 
 
@@ -183,6 +185,16 @@ def _in_order(tensor: Tensor, strides: list[int]) -> Tensor:
     return torch.empty_like(ordered, device="cpu").copy_(tensor)
 
 
+def _apart(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """In row-major order, each with memory of its own, as the format wants it."""
+    taken = set()
+    for name, tensor in named.items():
+        memory = tensor.untyped_storage().data_ptr()
+        shared = memory in taken
+        yield name, tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        taken.add(memory)
+
+
 def _save_safetensors(state_dict: Mapping[str, Any], path: Path) -> None:
     import safetensors
     from safetensors.torch import save_file
@@ -208,7 +220,7 @@ def _save_safetensors(state_dict: Mapping[str, Any], path: Path) -> None:
     }
     metadata = {_METADATA: json.dumps(described, default=_number)}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path, metadata=metadata)
+        save_file(dict(_apart(named)), path, metadata=metadata)
     except (KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path.name}: {error}; {_NO_ROOM}") from error
 

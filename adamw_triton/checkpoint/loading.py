@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint.entries import Entry, check_others, check_values, has_state, others_of, read
@@ -94,7 +95,7 @@ def _check_numbering(keys: Sequence[Any], groups: Groups) -> None:
 def _checked(entry: Any, param: Tensor, name: str) -> Entry:
     checked: dict[Any, Any] = {}
     if has_state(entry):
-        saved = read(entry, name, as_real(param).shape)
+        saved = read(entry, name, None if is_lazy(param) else as_real(param).shape)
         check_values(saved, name)
         checked = {"step": torch.tensor(saved.step, dtype=torch.float32, device="cpu"), **saved.parts}
     else:

@@ -58,7 +58,7 @@ class Writer:
         for key, (param, name) in zip(keys, params, strict=True):
             if param in shown:
                 entry = state[key] = shown[param]
-                if has_state(entry) and self._is_portable(param, entry):
+                if has_state(entry) and not param.is_meta and self._is_portable(param, entry):
                     state[key] = {**_portable(entry, param, name), **others_of(entry)}
         version = {} if self.state_format == "portable" else {VERSION_KEY: VERSION}
         return {**state_dict, "state": state, **version}
@@ -137,6 +137,8 @@ def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
 
 def _own_storage(tensor: Tensor) -> Tensor:
     """The same memory, which it keeps alive, as a tensor whose storage is no larger than itself."""
+    if tensor.is_meta:  # there is none
+        return torch.empty_like(tensor)
     return from_dlpack(to_dlpack(tensor))
 
 

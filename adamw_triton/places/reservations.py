@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from adamw_triton.arguments import is_trained, name_of
 from adamw_triton.checkpoint import has_state
@@ -183,6 +184,8 @@ class Reservations:
             bits = bits_of(group.get("state_bits"), amsgrad, self._chooser.bits)
             betas = float(group["betas"][0]), float(group["betas"][1])
             for index, param in enumerate(group["params"]):
+                if is_lazy(param):
+                    continue  # what was loaded for it waits
                 if (not stateful_only and is_trained(param)) or has_state(state.get(param, {})):
                     state_format = format_for(
                         as_real(param).numel(),

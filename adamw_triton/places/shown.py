@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -18,32 +18,34 @@ class Shown:
     """What one store has put there."""
 
     def __init__(self) -> None:
-        self._values: list[object] | None = None
+        self._seen: list[object] | None = None
 
     @property
     def unfinished(self) -> bool:
         """Whether that is being changed, or the change failed."""
-        return self._values is None
+        return self._seen is None
 
     def forget(self) -> None:
         """Before a change: what is interrupted is begun again."""
-        self._values = None
+        self._seen = None
 
     def remember(self, state: State) -> None:
         """After it."""
-        entries = (entry for entry in state.values() if isinstance(entry, Mapping))
-        self._values = [value for entry in entries for value in entry.values()]
+        try:
+            self._seen = list(_all_of(state))
+        except TypeError:  # a wrapper's value that is no dict: looked at in each step
+            self._seen = []
 
     def intact(self, state: State, slots: Mapping[int, Slot]) -> bool:
         """Whether ``state`` shows the ``slots`` (by id of the parameter) and no state that someone else put
         there: loaders move its tensors about."""
-        if self._values is None:
+        if self._seen is None:
             return False
         try:
-            shown = itertools.chain.from_iterable(map(dict.values, state.values()))
-            if all(itertools.starmap(operator.is_, itertools.zip_longest(shown, self._values))):
+            pairs = itertools.zip_longest(_all_of(state), self._seen)
+            if self._seen and all(itertools.starmap(operator.is_, pairs)):
                 return True
-        except TypeError:  # a wrapper's value that is no dict
+        except TypeError:
             pass
         return self._is_ours(state, slots)
 
@@ -62,6 +64,24 @@ class Shown:
             return False
         self.remember(state)
         return True
+
+
+def _all_of(state: State) -> Iterator[object]:
+    """Parameters, and the names and values of their entries, in this order."""
+    flat = itertools.chain.from_iterable
+    return itertools.chain(state, flat(state.values()), flat(map(dict.values, state.values())))
+
+
+def keep_apart(slots: Iterable[Slot], state: State) -> None:
+    """Where our views have been put under other keys than their parameters, copies of them: they are
+    somebody else's now, and their places will be written to."""
+    of_param = {id(slot.param): slot for slot in slots}
+    ours = {id(view) for slot in of_param.values() for view in slot.entry.values()}
+    for key, entry in state.items():
+        if id(key) not in of_param and isinstance(entry, MutableMapping):
+            for name, value in entry.items():
+                if id(value) in ours:
+                    entry[name] = value.clone()
 
 
 def show(slots: Iterable[Slot], state: State) -> None:

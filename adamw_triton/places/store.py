@@ -18,7 +18,7 @@ from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places.placing import Wanted, make_places
-from adamw_triton.places.shown import Shown, show
+from adamw_triton.places.shown import Shown, keep_apart, show
 from adamw_triton.state.buffers import Slot, State, StateBuffer, make_slots
 from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
@@ -117,6 +117,7 @@ class Store:
                     inexact += arrival.inexact
                 elif not slot.is_shown_by(state[param]):
                     kept.append(checkpoint.prepare(state[param], slot, betas, fresh=False, taken=taken))
+            keep_apart(self.slots.values(), state)
             self._shown.forget()
             self.generation += 1
             self._page_bytes |= page_bytes
@@ -298,7 +299,7 @@ class Store:
         Raises:
             MemoryError: the host's memory is too small; nothing is changed then.
         """
-        resident = [buffer for buffer in self.buffers if not buffer.on_host]
+        resident = [buffer for buffer in self.buffers if not (buffer.on_host or buffer.device.type == "meta")]
         require_host(sum(buffer.nbytes for buffer in resident), "offloaded optimizer state")
         with self._still(state):
             for pager in self._pagers.values():

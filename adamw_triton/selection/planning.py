@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import BLOCK_SIZES, DTYPES
+from adamw_triton.arguments import BLOCK_SIZES, DTYPES, check_weights
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import parse_bytes
@@ -44,6 +45,8 @@ def plan(
     activations: int | str | None = None,
     prefer: str = "speed",
     block_size: int = 128,
+    master_weights: bool | str = "auto",
+    stochastic_rounding: bool | str = "auto",
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -58,6 +61,7 @@ def plan(
             and state. None: not counted, and the plan says so.
         prefer: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes to 8 bits.
         block_size: of the 8-bit format, as in ``AdamW``.
+        master_weights, stochastic_rounding: as in ``AdamW`` with ``variant="auto"``.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -67,7 +71,7 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
-    tensors = list(_tensors(model_or_params))
+    tensors = list(_counted(model_or_params))
     if not tensors:
         raise ValueError("model_or_params has no parameters to plan for")
     trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
@@ -91,6 +95,7 @@ def plan(
         _host_room(host_memory),
         prefer=prefer,
         block_size=block_size,
+        weights=check_weights("auto", master_weights, stochastic_rounding),
         notes=() if activations is not None else (_NO_ACTIVATIONS,),
     )
 
@@ -116,6 +121,24 @@ def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tenso
             tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"model_or_params has a {type(tensor).__name__} where a tensor should be")
+            yield tensor, group
+
+
+def _counted(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Each tensor once, of which the size is known."""
+    seen = set()
+    for tensor, group in _tensors(model_or_params):
+        if is_lazy(tensor):
+            raise ValueError(
+                "model_or_params has a parameter of a lazy module, whose shape is not known yet: run a "
+                "forward pass first"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"model_or_params has a parameter of layout {tensor.layout}; only dense ones count"
+            )
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
             yield tensor, group
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -183,16 +183,20 @@ class Plan:
         return self._table().html()
 
     def _table(self) -> Table:
+        """Of the ways that keep weights as the chosen one does; of the last ones if nothing fits."""
+        shown = [
+            each for each in self.candidates if each.weights == (self.chosen or self.candidates[-1]).weights
+        ]
         rows = [
             (
-                candidate.label,
+                candidate.name,
                 format_bytes(candidate.gpu_bytes - candidate.staging_bytes),
                 format_bytes(candidate.staging_bytes),
                 format_bytes(candidate.host_bytes),
                 format_seconds(candidate.seconds),
                 self.reason(candidate),
             )
-            for candidate in self.candidates
+            for candidate in shown
         ]
         rates = dict.fromkeys(
             f"{limits.bandwidth / 1e9:.0f} GB/s of memory and {limits.link / 1e9:.1f} GB/s each way to the "
@@ -204,9 +208,19 @@ class Plan:
             "\n".join(map(str, self.limits)),
             ("state", "on GPU", "staging", "on host", "step", ""),
             rows,
-            (host + "; ".join(rates) + ".", *self.notes),
-            None if self.chosen is None else self.candidates.index(self.chosen),
+            (host + "; ".join(rates) + ".", *self._of_weights(shown[0].weights), *self.notes),
+            None if self.chosen is None else shown.index(self.chosen),
         )
+
+    def _of_weights(self, kept: str) -> Iterator[str]:
+        """How those of 16 bits are kept, where there was a choice."""
+        if kept == "exact" and self.chosen:
+            yield f"16-bit weights are kept exactly: {format_bytes(self.chosen.weight_bytes)} of the state."
+        better = [candidate for candidate in self.candidates if candidate.weights != kept]
+        if better and better[0] is self.candidates[0]:
+            least = min(better, key=lambda each: (each.bits, each.gpu_bytes))
+            how = {"stochastic": "rounded stochastically", "nearest": "rounded to nearest"}[kept]
+            yield f"16-bit weights are {how}: exact ones fit nowhere ({least.name}: {least.obstacle})."
 
 
 def _known(count: int) -> str:

@@ -38,14 +38,21 @@ class Item(NamedTuple):
 def _is_in_order(item: Item) -> bool:
     """Whether an update can read and write the memory of the item's tensors as it is."""
     tensors = (item.param, item.grad)
-    return item.slot.contiguous and all(t.is_contiguous() and not t.is_neg() for t in tensors)
+    return item.slot.contiguous and all(
+        t.is_contiguous() and not (t.is_neg() or t._is_zerotensor()) for t in tensors
+    )
 
 
 def _in_order(item: Item) -> Item:
     """What an update reads and writes instead: dense and real, in the slot's memory order; copies where the
     item's own tensors are not so."""
-    param, grad = (_with_strides(as_real(t).resolve_neg(), item.slot.strides) for t in item[2:])
+    param, grad = (_with_strides(as_real(_there(t)).resolve_neg(), item.slot.strides) for t in item[2:])
     return item._replace(param=param, grad=grad)
+
+
+def _there(tensor: Tensor) -> Tensor:
+    """With memory: autograd may say of a gradient that it is zero, and have none."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def _copy_back(updated: Item, item: Item) -> None:

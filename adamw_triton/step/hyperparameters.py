@@ -45,6 +45,11 @@ class Settings:
     def _hyper(self, group: int, step: int) -> Hyper:
         known = self._hypers.get((group, step))
         if known is None:
+            if step < 1:
+                raise ValueError(
+                    f"a parameter of group {group} has taken {step - 1} steps by its optimizer.state: "
+                    "somebody has written to 'step', which counts from 0"
+                )
             sign, beta1, beta2, eps, lr, weight_decay = map(float, self.of(group))
             known = self._hypers[group, step] = Hyper.at(
                 step,
@@ -99,7 +104,7 @@ class OnHost:
         shared = self._shared
         if shared is None or not steps.equal(steps[shared.leaders]):
             shared = self._shared = self._share(steps)
-        numbered = tuple([(self._groups[first], int(steps[first]) + 1) for first in shared.firsts])
+        numbered = tuple([(self._groups[first], _count(steps[first]) + 1) for first in shared.firsts])
         return shared.rows, settings.table(numbered)
 
     def _share(self, steps: Tensor) -> _Shared:
@@ -113,6 +118,10 @@ class OnHost:
             firsts=tuple(leader_of.values()),
             leaders=torch.tensor([leader_of[key] for key in keys], device="cpu"),
         )
+
+
+def _count(steps: Tensor) -> int:
+    return -1 if steps.isnan() else int(steps)  # refused by `Settings`
 
 
 class OnDevice:

@@ -92,6 +92,7 @@ def _facts(tensors: Sequence[Tensor]) -> Facts:
         [t.stride() for t in tensors],
         [t.get_device() for t in tensors],
         [t.is_neg() for t in tensors],
+        [t._is_zerotensor() for t in tensors],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fractions
 import json
+import math
 import os
 import subprocess
 import sys
@@ -352,3 +353,30 @@ def test_memory_does_not_grow_with_the_checkpoint(suffix: str) -> None:
         )
         assert target.stat().st_size > 64 << 20
     assert json.loads(done.stdout) < 24 << 20
+
+
+def test_moments_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    both = torch.arange(10.0)
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+    state = {0: {"step": torch.tensor(1.0), "exp_avg": both, "exp_avg_sq": both}}
+    torch.save({"state": state, "param_groups": [group]}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "b.safetensors", "torch")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.pt", "torch")
+    again = torch.load(tmp_path / "c.pt")["state"][0]
+    assert torch.equal(again["exp_avg"], both)
+    assert torch.equal(again["exp_avg_sq"], both)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": math.inf}, {"betas": (1.5, 0.9)}, {"eps": -1.0}], ids=str)
+def test_groups_that_no_optimizer_would_take_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "params": [0], **wrong}
+    torch.save({"state": {}, "param_groups": [group]}, tmp_path / "a.pt")
+    with pytest.raises(files.CheckpointError, match=r"param_groups\[0\]: Invalid"):
+        convert(tmp_path / "a.pt", tmp_path / "b.pt", "torch")
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(files.CheckpointError, match="a pipe or a device"):
+        convert(tmp_path / "a.pt", tmp_path / "b.pt", "torch")

@@ -161,9 +161,15 @@ def with_each_pair_swapped(kernel: str) -> dict[tuple[str, str], str]:
 def test_two_arguments_swapped(kernel: str) -> None:
     """Every two."""
     findings = in_compiling_process(with_each_pair_swapped, kernel)
-    same = {("exp_avg_sq", "max_exp_avg_sq")} if kernel == "32bit" else set()
-    assert len(findings) == {"32bit": 36, "32bit amsgrad": 36}.get(kernel, 45)
-    assert {pair for pair, finding in findings.items() if not finding} == same
+    # What is not read may be anything.
+    same = {
+        "32bit": {("exp_avg_sq", "max_exp_avg_sq"), ("exp_avg", "kept"), ("max_exp_avg_sq", "kept")},
+        "32bit amsgrad": {("exp_avg", "kept")},
+        "8bit 128": {("exp_avg_codes", "kept")},
+        "8bit 256": {("exp_avg_codes", "kept")},
+    }
+    assert len(findings) == {"32bit": 45, "32bit amsgrad": 45}.get(kernel, 55)
+    assert {pair for pair, finding in findings.items() if not finding} == same[kernel]
 
 
 # --- In the tables -------------------------------------------------------------------------------------

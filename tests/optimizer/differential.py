@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
+from adamw_triton_kernels.weights import read
+from adamw_triton_kernels.work import MASTER, REMAINDER
 
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit", "auto")
 SHAPES = ((64, 80), (3, 40, 40), (8, 16, 6, 6), (5000,), (7,), (), (0,), (2, 3))
@@ -114,11 +116,24 @@ class Pair:
 
     # A step
 
+    def exact(self, param: Tensor) -> Tensor:
+        """The weight that our step begins with: where it is kept exactly, and nobody has written to it since,
+        more than the parameter shows."""
+        kept = {torch.bfloat16: REMAINDER, torch.float16: MASTER}.get(param.dtype, "")
+        entry, slot = self.ours.state.get(param, {}), self.ours._store.slots.get(id(param))
+        chosen = self.ours._chooser.weights == "exact" and kept in entry
+        written = slot is not None and slot.version not in (None, param._version) and kept == REMAINDER
+        if not chosen or written:
+            return param.detach()
+        array = entry[kept]
+        dense = torch.empty_strided(param.shape, array.stride(), dtype=param.dtype).copy_(param.detach())
+        return read(dense, [array], kept)
+
     def step(self, scale: float | None = None) -> None:
         """A step of both on the gradients that are there; ``scale``: gradients are multiplied by it."""
         before = [param.detach().clone() for param in self.params]
         for param, twin in zip(self.params, self.twins, strict=True):
-            twin.data = _doubled(param.detach())
+            twin.data = _doubled(self.exact(param))
             twin.grad = None if param.grad is None else _doubled(param.grad) / (scale or 1.0)
         self.theirs.state.clear()
         for number, moments in self.known.items():

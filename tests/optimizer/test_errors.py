@@ -60,7 +60,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(parameters(), **arguments)
 
 
-@pytest.mark.parametrize("key", ["master_weights", "telemetry"])
+@pytest.mark.parametrize("key", ["max_grad_norm", "telemetry"])
 def test_no_keyword_exists_before_it_works(key: str) -> None:
     with pytest.raises(TypeError, match=key):
         AdamW(parameters(), **{key: True})  # type: ignore[arg-type]
@@ -183,3 +183,32 @@ def test_a_parameter_that_changed_its_shape_keeps_its_state_until_told() -> None
     del optimizer.state[p]
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].shape == (8,)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": "x"}, {"lr": None}, {"betas": None}, {"eps": None}, {"eps": torch.ones(2)}], ids=str
+)
+def test_hyperparameters_that_are_no_numbers_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"hyperparameters must be numbers, got lr="):
+        AdamW([Parameter(torch.ones(3))], **wrong)
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamW([param])
+    optimizer.param_groups[0].update(wrong)
+    with pytest.raises(TypeError, match=r"hyperparameters must be numbers, got lr="):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+
+
+@pytest.mark.parametrize("count", [-5.0, float("nan")])
+def test_a_step_count_that_is_none_is_named(count: float) -> None:
+    param = Parameter(torch.ones(3))
+    optimizer = AdamW([param], variant="32bit")
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["step"].fill_(count)
+    with pytest.raises(ValueError, match=r"a parameter of group 0 has taken -?\d+ steps by its"):
+        optimizer.step()
+    assert torch.equal(param, before)

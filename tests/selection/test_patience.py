@@ -42,7 +42,7 @@ def waits(job: Job, clock: Clock, monkeypatch: pytest.MonkeyPatch, order: str) -
             meeting = ranks._Meeting.of(asked, "settings", rank)
             meeting.come(ranks.Share("a", plan.host_room, (0,) * len(first), ("",) * len(first), rank))
         if kind == "l":
-            meeting.decided(ranks.Outcome(("",) * len(first), 32, tuple(range(1, job.world))))
+            meeting.decided(ranks.Outcome(("",) * len(first), (32, "nearest"), tuple(range(1, job.world))))
         begin = clock.now
         job.run({0: lambda asked=asked, plan=plan: ranks.agree(plan, asked, "settings")})  # type: ignore[misc]
         found.append(clock.now - begin)

@@ -44,7 +44,7 @@ def test_weights_gradients_and_the_rest_are_taken_off() -> None:
     }
     memory, *rest = spent(plan).values()
     assert plan.limits[0].room == memory - sum(rest)
-    assert plan.candidates[0].gpu_bytes == 8 * (1000 * 1000 + 1024)
+    assert plan.candidates[0].gpu_bytes == (8 + 2) * (1000 * 1000 + 1024)
 
 
 FORMS: dict[str, Any] = {
@@ -273,3 +273,12 @@ def test_the_readmes_plan_is_what_is_printed() -> None:
     call = 'plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB"))\n'
     shown = readme.partition(call)[2].partition("```")[0]
     assert shown.rstrip("\n") == str(plan)
+
+
+def test_a_parameter_counts_once_and_what_has_no_size_is_named() -> None:
+    weight = Parameter(torch.ones(100, 100))
+    assert adamw_triton.plan([weight, weight], "1GiB", "1GiB") == adamw_triton.plan([weight], "1GiB", "1GiB")
+    with pytest.raises(ValueError, match="a parameter of a lazy module, whose shape is not known yet"):
+        adamw_triton.plan(nn.LazyLinear(3), "1GiB", "1GiB")
+    with pytest.raises(TypeError, match=r"a parameter of layout torch\.sparse_coo"):
+        adamw_triton.plan([torch.eye(3).to_sparse()], "1GiB", "1GiB")

@@ -136,7 +136,7 @@ def groups(*shapes: tuple[int, ...]) -> list[dict[str, Any]]:
 def plan_for(room: int) -> Plan:
     """Of a GPU with so many bytes for the state of 2**20 elements: 8 MiB in 32 bits, or 2."""
     limits = Limits("cuda:0", room, 1e12, 1e10, "known")
-    return select([Demand(limits, [Trained(1 << 20, 2, 2)])], 1 << 40)
+    return select([Demand(limits, [Trained(1 << 20, torch.bfloat16, 2)])], 1 << 40)
 
 
 def coming(job: Job, monkeypatch: pytest.MonkeyPatch, delay: float, room: int, *shapes: Any) -> Any:
@@ -225,7 +225,7 @@ def test_a_late_rank_that_cannot_follow_names_the_way_out(
 
 def on_cpu(room: int) -> Plan:
     limits = Limits("cpu", 1 << 50, 1e11, 1e11, "known", shared=True)
-    return select([Demand(limits, [Trained(1 << 20, 2, 2)])], 4 * room)
+    return select([Demand(limits, [Trained(1 << 20, torch.bfloat16, 2)])], 4 * room)
 
 
 def test_optimizers_that_differ_are_decided_apart_and_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,18 +14,20 @@ from torch.nn import Parameter
 from adamw_triton import AdamW
 from adamw_triton.selection.plans import Candidate, Limits, Plan
 from adamw_triton.selection.selector import PREFERENCES, Demand, Trained, select
+from adamw_triton.state.formats import WEIGHTS
 from adamw_triton.state.placement import SMALLEST_BUDGET
 
 MiB, GiB = 1 << 20, 1 << 30
+BF16 = torch.bfloat16
 
 numels = st.one_of(st.integers(0, 10**4), st.integers(0, 10**8), st.integers(0, 10**10))
 tensors = st.builds(
-    lambda numel, itemsize, grad_itemsize, bits: Trained(numel, itemsize, grad_itemsize, bits),
+    lambda numel, dtype, grad_itemsize, bits: Trained(numel, dtype, grad_itemsize, bits),
     numels,
-    st.sampled_from([2, 4]),
+    st.sampled_from([BF16, torch.float16, torch.float32]),
     st.sampled_from([2, 4]),
     st.sampled_from([None, None, None, 8, 32]),
-) | st.builds(lambda numel: Trained(numel, 2, 2, None, True), numels)
+) | st.builds(lambda numel: Trained(numel, BF16, 2, None, True), numels)
 tensor_lists = st.lists(tensors, max_size=10)
 memories = st.one_of(st.integers(-(10**9), 10**9), st.integers(0, 10**12))
 preferences = st.sampled_from(list(PREFERENCES))
@@ -35,8 +37,10 @@ def limits(room: int, **arguments: Any) -> Limits:
     return Limits("a GPU", room, 1e12, 2e10, "made up", **arguments)
 
 
-def plan(some: list[Trained], gpu: int, host: int, prefer: str = "speed") -> Plan:
-    return select([Demand(limits(gpu), some)], host, prefer=prefer)
+def plan(
+    some: list[Trained], gpu: int, host: int, prefer: str = "speed", weights: tuple[str, ...] = ("nearest",)
+) -> Plan:
+    return select([Demand(limits(gpu), some)], host, prefer=prefer, weights=weights)
 
 
 @given(tensor_lists, memories, memories, preferences)
@@ -103,10 +107,10 @@ def models(draw: st.DrawFn) -> list[int]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(models(), st.integers(SMALLEST_BUDGET, 3 * MiB))
-def test_the_bytes_are_those_of_the_named_variant(numels: list[int], room: int) -> None:
+@given(models(), st.integers(SMALLEST_BUDGET, 3 * MiB), st.sampled_from(sorted(WEIGHTS)))
+def test_the_bytes_are_those_of_the_named_variant(numels: list[int], room: int, weights: str) -> None:
     for way in PREFERENCES["speed"]:
-        check_bytes(numels, room, way.name)
+        check_bytes(numels, room, way.name, weights)
 
 
 @pytest.mark.slow
@@ -115,19 +119,27 @@ def test_the_bytes_of_a_hundred_million_parameters(name: str) -> None:
     check_bytes([4 * 10**7, 4096, 3 * 10**7, 100, 3 * 10**7], 250 * MiB, name)
 
 
-def check_bytes(numels: list[int], room: int, name: str) -> None:
-    found = plan([Trained(numel, 2, 2) for numel in numels], room, 10**15)
+def check_bytes(numels: list[int], room: int, name: str, weights: str = "nearest") -> None:
+    found = plan([Trained(numel, BF16, 2) for numel in numels], room, 10**15, weights=(weights,))
     for candidate in (each for each in found.candidates if each.name == name):
         params = [Parameter(torch.zeros(numel, dtype=torch.bfloat16)) for numel in numels]
         for param in params:
             param.grad = torch.zeros_like(param)
         budget = candidate.budgets[0] if candidate.paged else None
         transfer = "copy" if candidate.paged else "auto"
-        optimizer = AdamW(params, variant=candidate.variant, memory_budget=budget, transfer=transfer)
+        optimizer = AdamW(
+            params,
+            variant=candidate.variant,
+            memory_budget=budget,
+            transfer=transfer,
+            master_weights=weights == "exact",
+            stochastic_rounding=weights == "stochastic",
+        )
         optimizer.step()
         memory = optimizer.memory()
         paged = sum(buffer.nbytes for buffer in optimizer._store.buffers if buffer.paged)
         assert memory["staging"] == candidate.staging_bytes
+        assert memory.get("weights", 0) == candidate.weight_bytes
         assert paged == candidate.host_bytes
         assert memory["gpu"] + memory["host"] - paged + memory["staging"] == candidate.gpu_bytes
         allocated = sum(a.nbytes for buffer in optimizer._store.buffers for a in buffer.arrays.values())
@@ -139,7 +151,7 @@ def check_bytes(numels: list[int], room: int, name: str) -> None:
 
 def test_seconds_of_resident_and_of_paged_state() -> None:
     """1e9 bf16 parameters: 4 bytes read and written, 2 of gradients, state read and written."""
-    found = plan([Trained(10**9, 2, 2)], 10**11, 10**11)
+    found = plan([Trained(10**9, BF16, 2)], 10**11, 10**11)
     seconds = {candidate.name: candidate.seconds for candidate in found.candidates}
     assert seconds["32bit"] == pytest.approx(22e-3)
     assert seconds["8bit"] == pytest.approx(10.0625e-3)
@@ -148,8 +160,8 @@ def test_seconds_of_resident_and_of_paged_state() -> None:
 
 
 def test_tiny_pages_cost_more_than_large_ones() -> None:
-    large = plan([Trained(10**9, 2, 2)], 200 * MiB, 10**11).chosen
-    tiny = plan([Trained(10**9, 2, 2)], SMALLEST_BUDGET, 10**11).chosen
+    large = plan([Trained(10**9, BF16, 2)], 200 * MiB, 10**11).chosen
+    tiny = plan([Trained(10**9, BF16, 2)], SMALLEST_BUDGET, 10**11).chosen
     assert large is not None
     assert tiny is not None
     assert tiny.seconds > 2 * large.seconds
@@ -160,7 +172,7 @@ def test_tiny_pages_cost_more_than_large_ones() -> None:
 
 def test_an_unknown_preference_is_refused() -> None:
     with pytest.raises(ValueError, match="prefer: 'small'; it must be one of 'speed', 'exact'"):
-        plan([Trained(10, 2, 2)], GiB, GiB, "small")
+        plan([Trained(10, BF16, 2)], GiB, GiB, "small")
 
 
 @given(tensor_lists, memories, memories, preferences)
@@ -179,12 +191,12 @@ def test_a_plan_can_be_logged_and_shown(some: list[Trained], gpu: int, host: int
 
 
 def test_the_same_situation_gives_the_same_plan() -> None:
-    some = [Trained(10**8, 2, 2), Trained(10, 4, 4)]
+    some = [Trained(10**8, BF16, 2), Trained(10, torch.float32, 4)]
     assert plan(some, GiB, GiB) == plan(list(some), GiB, GiB)
 
 
 def test_a_failed_candidate_is_passed_over() -> None:
-    found = plan([Trained(10**7, 2, 2)], GiB, GiB)
+    found = plan([Trained(10**7, BF16, 2)], GiB, GiB)
     assert found.chosen is found.candidates[0]
     after = found.without_chosen("broke")
     assert after.chosen is not None
@@ -193,6 +205,28 @@ def test_a_failed_candidate_is_passed_over() -> None:
     while after.chosen is not None:
         after = after.without_chosen("broke")
     assert after.summary().count("broke") == 6
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "found"),
+    [
+        (GiB, GiB, "32bit, exact weights"),
+        (100 * MiB, GiB, "8bit, exact weights"),
+        (30 * MiB, GiB, "8bit, partly paged, exact weights"),
+        (60 * MiB, 8 * MiB, "8bit, exact weights"),
+        (50 * MiB, 0, "8bit, stochastic rounding"),
+    ],
+)
+def test_weights_are_exact_wherever_their_bytes_fit(gpu: int, host: int, found: str) -> None:
+    some = [Trained(10**7, BF16, 2), Trained(10**7, torch.float32, 4)]
+    chosen = plan(some, gpu, host, weights=("exact", "stochastic")).chosen
+    assert chosen is not None
+    assert chosen.label == found
+
+
+def test_only_weights_of_16_bits_have_a_choice() -> None:
+    found = plan([Trained(10**7, torch.float32, 4)], GiB, GiB, weights=("exact", "stochastic"))
+    assert [(c.label, c.weight_bytes) for c in found.candidates] == [(c.name, 0) for c in found.candidates]
 
 
 @given(tensor_lists, memories)
