@@ -38,8 +38,8 @@ from adamw_triton_kernels.codes import (
 )
 from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.runs import Run, runs
-from adamw_triton_kernels.weights import ELEMENT, PHASE, read, write
-from adamw_triton_kernels.work import STOCHASTIC, Arrays, Call, Layout, Update
+from adamw_triton_kernels.weights import ELEMENT, PHASE, beside, read, write
+from adamw_triton_kernels.work import MASTER, NEAREST, STOCHASTIC, Arrays, Call, Layout, Update
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -64,13 +64,15 @@ def adamw_32bit(
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
     amsgrad = "max_exp_avg_sq" in state
     update = _update_32bit(weights, amsgrad)
-    names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad, *[weights] * (weights in state)]
+    names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad]
     rows, phases = Row.of_all(hyper), _phases(hyper)
-    longest = FUSED_CHUNK if weights == STOCHASTIC else WHOLE
+    longest = FUSED_CHUNK if weights in (STOCHASTIC, MASTER) else WHOLE
     dither = _dither_of(weights, min(sum(layout.numels), longest), ALIGNMENT, params[0].device)
 
     def step(run: Run, arrays: Arrays) -> None:
         own = [arrays[name][run.at] for name in names]
+        if weights in arrays:
+            own += beside(arrays[weights][run.at], run.param.dtype, weights)
         if dither is not None:
             bits = dither.starts(run.spans, phases[run.row] * PHASE) + dither.steps
             own.append(bits.view(-1)[: run.param.numel()])
@@ -110,17 +112,21 @@ def adamw_8bit(
     dither = Dither.of(most, block, device)
     other_dither = _dither_of(weights, most, block, device)
     rows, phases = Row.of_all(hyper), _phases(hyper)
-    update = _update_8bit(weights)
+    opened, closed = _apart(weights)
 
     def step(run: Run, arrays: Arrays) -> None:
         p, g, row, at, spans = run
         blocks = slice(at.start // block, -(-at.stop // block))
         part = {name: array[blocks if name.endswith("scales") else at] for name, array in arrays.items()}
-        weight, kept = blocks_of(p, block), [blocks_of(part[weights], block)] if weights in part else []
-        given = [weight, blocks_of(g, block), *rows[row], *rows_of(part, block), *kept]
+        weight = blocks_of(p, block)
+        kept = [blocks_of(part[weights], block)] if weights in part else []
+        others = [each for array in kept for each in beside(array, p.dtype, weights)]
         if other_dither is not None:
-            given += [other_dither.starts(spans, phases[row] * PHASE), other_dither.steps]
-        m, root_v, peaks = update(*given)
+            others = [other_dither.starts(spans, phases[row] * PHASE), other_dither.steps]
+        x = weight if weights == NEAREST else opened(weight, *others)
+        m, root_v, peaks = _update_8bit(x, blocks_of(g, block), *rows[row], *rows_of(part, block))
+        if weights != NEAREST:
+            closed(x, weight, *others)
         put(p, weight)
         for array in kept:
             put(part[weights], array)
@@ -130,21 +136,27 @@ def adamw_8bit(
     return _prepared(step, (weights, block), params, grads, state, layout, **lengths)
 
 
-@functools.cache
-def _update_8bit(weights: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    @fused
-    def update(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Updates p; the new m and sqrt(v), and the largest sqrt(v) of each block."""
-        row, (r, r_scale, q, q_scale, *kept) = _unpacked(tensors)
-        m, v = decoded(r, r_scale, q, q_scale)
-        _new_moments(m, v, g, row)
-        root_v = sqrt(v)
-        if weights == STOCHASTIC:
-            kept = [kept[0] + kept[1]]
-        write(_new_weight(read(p, kept, weights), m, root_v, row), p, kept, weights)
-        return m, root_v, peaks_of(root_v)
+@fused
+def _update_8bit(p: Tensor, g: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates p; the new m and sqrt(v), and the largest sqrt(v) of each block."""
+    row, moments = _unpacked(tensors)
+    m, v = decoded(*moments)
+    _new_moments(m, v, g, row)
+    root_v = sqrt(v)
+    p.copy_(_new_weight(p.float(), m, root_v, row))
+    return m, root_v, peaks_of(root_v)
 
-    return update
+
+@functools.cache
+def _apart(weights: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
+    """``read`` and ``write`` by themselves: beside so much other work, code of theirs, which torch's compiler
+    cannot vectorize, would keep all of it from being."""
+    return (
+        fused(lambda p, *kept: read(p, kept, weights)),
+        fused(
+            lambda x, p, *kept: write(x, p, [kept[0] + kept[1]] if weights == STOCHASTIC else kept, weights)
+        ),
+    )
 
 
 def _phases(hyper: Tensor) -> list[int]:

@@ -26,15 +26,21 @@ ELEMENT = 0x91E10DA5 - 2**32  # 2**32 / plastic number**2, to the nearest odd in
 PHASE = 0x7713F11F  # times ``Hyper.phase``: a step is 2**32 * (sqrt(2) - 1)
 
 
+def beside(array: Tensor, dtype: torch.dtype, weights: str) -> list[Tensor]:
+    """The array of the state that goes with weights of that dtype, for compiled ``read`` and ``write``.
+    A master comes with its rounding: as a part of more, it would be compared without having been rounded."""
+    return [array, array.to(dtype)] if weights == MASTER else [array]
+
+
 def read(p: Tensor, kept: Sequence[Tensor], weights: str) -> Tensor:
-    """fp32. ``kept``: the array of the state that goes with the weight, if one does."""
+    """fp32. ``kept``: the array of the state that goes with the weight, if one does, or what is ``beside``
+    it."""
     if weights == REMAINDER:
         bits = (p.view(torch.int16).to(torch.int32) << 16) + kept[0].to(torch.int32)
         return bits.view(torch.float32)
     if weights == MASTER:
-        # By their bits: compiled, numbers of 16 bits are compared as fp32, without having been rounded.
-        same = kept[0].to(p.dtype).view(torch.int16) == p.view(torch.int16)
-        return torch.where(same, kept[0], p.float())
+        master, rounded = kept if len(kept) > 1 else beside(kept[0], p.dtype, weights)
+        return torch.where(rounded == p, master, p.float())
     return p.float()
 
 

@@ -234,9 +234,11 @@ def test_all_is_compiled_before_anything_is_written(
 
     monkeypatch.setattr(fusion, "_Graph", Graph)
     monkeypatch.setattr(fusion, "PATIENCE", 0)
-    for name in ("_encode_v", "_encode_m"):  # forget all graphs
-        monkeypatch.setattr(codes, name, fusion.fused(getattr(codes, name).__wrapped__))
-    for name in ("_update_32bit", "_update_8bit"):
+    fused = {reference: ("_update_8bit",), codes: ("_encode_v", "_encode_m")}
+    for module, names in fused.items():  # forget all graphs
+        for name in names:
+            monkeypatch.setattr(module, name, fusion.fused(getattr(module, name).__wrapped__))
+    for name in ("_update_32bit", "_apart"):
         monkeypatch.setattr(reference, name, functools.cache(getattr(reference, name).__wrapped__))
     monkeypatch.setattr(reference, "_rehearsed", defaultdict(set))
     problem.step(1)
