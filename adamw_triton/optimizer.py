@@ -241,8 +241,8 @@ class AdamW(torch.optim.Optimizer):
 
     def memory(self) -> dict[str, int]:
         """Bytes of state by place ("gpu", "host"), of staging buffers on the GPU ("staging"), and of
-        state by format ("32bit", "8bit"), what goes with exact weights apart ("weights"). Empty of state before
-        the first step."""
+        state by format ("32bit", "8bit"), what goes with exact weights apart ("weights"). Empty of state
+        before the first step."""
         return self._store.memory()
 
     @torch.no_grad()
