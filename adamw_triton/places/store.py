@@ -131,7 +131,7 @@ class Store:
                 slot.clear()
             if inexact := inexact + sum(arrival.inexact for arrival in kept):
                 _log.warning("%d weights were kept exactly and are no longer: master_weights is off", inexact)
-            self._shown.remember(state)
+            self._remember(state)
 
     def show(self, wanted: Sequence[Wanted], state: State) -> None:
         """Have ``state`` show what parameters without any would begin with, in plain host memory: nothing
@@ -145,7 +145,10 @@ class Store:
         fresh = [slot for slot in slots if not slot.entry]
         show(fresh, state)
         if fresh:
-            self._shown.remember(state)
+            self._remember(state)
+
+    def _remember(self, state: State) -> None:
+        self._shown.remember(state)
 
     # Steps
 
@@ -335,7 +338,7 @@ class Store:
                         buffer.paged = to_host
             finally:  # also if memory ran out halfway
                 show([slot for slot in self.slots.values() if slot.entry], state)
-                self._shown.remember(state)
+                self._remember(state)
 
     def memory(self) -> dict[str, int]:
         """Bytes by place, and by format; those of exact weights apart."""

@@ -18,7 +18,7 @@ ROOMS = [
     {"huggingface", "architectures"},
     {"trainer_arguments"},
     {"__init__"},
-    {"optimizer"},
+    {"optimizer", "store"},
     {"places"},
     {"selection", "step", "checkpoint"},
     {"arguments"},
