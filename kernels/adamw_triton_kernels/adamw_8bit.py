@@ -88,7 +88,7 @@ def _tile(
     # Where a thread can take but one parameter at a time, a warp's should be neighbours: taken in a row, not
     # by blocks. For accesses of one shape get one layout, with as many elements a thread as the widest takes:
     # in that of the codes, scalar loads would touch 16 times the bytes that they want.
-    near = at if 8 * PARAM_ALIGN > PARAM.primitive_bitwidth else start + tl.arange(0, SIZE)
+    near = at if 8 * PARAM_ALIGN > param.dtype.element_ty.primitive_bitwidth else start + tl.arange(0, SIZE)
     near_mask = near < count if MASKED else None
     m_scales += start // BLOCK
     v_scales += start // BLOCK
