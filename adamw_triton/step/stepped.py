@@ -51,7 +51,8 @@ class Stepped:
                     grads.append(grad)
             counts.append(len(params) - before)
         try:
-            facts = (list(map(id, params)), counts, *_facts(params), *_facts(grads))
+            there = [not grad._is_zerotensor() for grad in grads]
+            facts: Facts = (list(map(id, params)), counts, there, *_facts(params), *_facts(grads))
             addresses = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
         except (RuntimeError, TypeError, ValueError):  # what is not strided has no strides to tell
             cls(groups, params, grads, (), ([], [])).check()
@@ -92,7 +93,6 @@ def _facts(tensors: Sequence[Tensor]) -> Facts:
         [t.stride() for t in tensors],
         [t.get_device() for t in tensors],
         [t.is_neg() for t in tensors],
-        [t._is_zerotensor() for t in tensors],
     )
 
 
