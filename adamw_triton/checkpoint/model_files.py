@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.files import SAFETENSORS, CheckpointError
-from adamw_triton.models.weights import ModelFileError, read_json
+from adamw_triton.models.weights import ModelFileError, read_weight_map
 
 MAIN = ("model.safetensors", "pytorch_model.bin")
 """A model's one file, or its index with ``.index.json`` behind; the first that is there counts."""
@@ -100,11 +100,9 @@ def save(tensors: Mapping[str, Pieces], path: Path, track: Callable[[Iterable[st
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = read_json(index).get("weight_map")
+        names = read_weight_map(index)
     except ModelFileError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index} has no weight_map")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} lists what is no file beside it: {name!r:.60}")

@@ -22,7 +22,7 @@ from adamw_triton.models.weights import (
     cannot_read,
     check_regular,
     parse_json,
-    read_json,
+    read_weight_map,
 )
 
 BITS = {
@@ -80,9 +80,7 @@ def read_header(path: Path) -> list[Weight]:
 
 def read_shards(index: Path) -> list[Weight]:
     """The tensors of a model in several files, which ``index`` (``*.safetensors.index.json``) lists."""
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise ModelFileError(f"{index} has no weight_map")
+    table = read_weight_map(index)
     for name in table.values():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise ModelFileError(f"{index} lists what is not a safetensors file beside it: {_short(name)}")

@@ -78,6 +78,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(data, str(path))
 
 
+def read_weight_map(index: Path) -> dict[str, Any]:
+    """Of a model in several files: the file of each tensor, as ``index`` (``*.index.json``) lists them."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ModelFileError(f"{index} has no weight_map")
+    return table
+
+
 def check_regular(path: Path) -> None:
     """Refuse pipes and devices, which may have no end."""
     if path.exists() and not path.is_file():

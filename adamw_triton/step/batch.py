@@ -16,7 +16,7 @@ from adamw_triton.state.formats import as_real
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
-from adamw_triton_kernels.work import REMAINDER
+from adamw_triton_kernels.work import REMAINDER, in_turn
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -170,7 +170,7 @@ class Batch:
     def prepare(self, items: Sequence[Item], settings: Settings) -> Work:
         """All that can fail; the items are in order."""
         return [
-            (page, _in_turn([launch.prepare(items, settings) for launch in launches]))
+            (page, in_turn([launch.prepare(items, settings) for launch in launches]))
             for page, launches in self._launches
         ]
 
@@ -193,14 +193,6 @@ def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
     ones = torch.zeros(len(steps), device="cpu")
     ones[slots] = 1
     return ones.to(steps.device)
-
-
-def _in_turn(calls: Sequence[Callable[[Arrays], None]]) -> Callable[[Arrays], None]:
-    def update(arrays: Arrays) -> None:
-        for call in calls:
-            call(arrays)
-
-    return calls[0] if len(calls) == 1 else update
 
 
 def _cut(

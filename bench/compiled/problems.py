@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamw_triton.state.formats import KEPT
 from adamw_triton_kernels import Hyper, Layout, Update, hyper_table, reference
 from adamw_triton_kernels.weights import read, write
 from adamw_triton_kernels.work import MASTER, NEAREST, REMAINDER, STOCHASTIC
@@ -42,7 +43,7 @@ class Kernel:
     @property
     def exact(self) -> bool:
         """Whether a state array goes with the weights."""
-        return self.weights in _KEPT
+        return self.weights in KEPT
 
     @property
     def module(self) -> ModuleType:
@@ -60,7 +61,7 @@ class Kernel:
 
     def arrays(self, numel: int) -> dict[str, tuple[int, torch.dtype]]:
         """Entries and dtype of each state array."""
-        kept = {self.weights: (numel, _KEPT[self.weights])} if self.exact else {}
+        kept = {self.weights: (numel, KEPT[self.weights].dtype)} if self.exact else {}
         return self._moments(numel) | kept
 
     @property
@@ -81,7 +82,6 @@ class Kernel:
         return {name: (numel, torch.float32) for name in names}
 
 
-_KEPT = {REMAINDER: torch.int16, MASTER: torch.float32}
 _PARAMS = {
     NEAREST: ("fp32", "fp16", "bf16"),
     STOCHASTIC: ("bf16",),

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import MASTER, REMAINDER, Arrays, Call, Layout
+from adamw_triton_kernels.work import MASTER, REMAINDER, Arrays, Call, Layout, in_turn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 ALIGNMENT = 16
@@ -171,7 +171,7 @@ def prepare(
     addresses.extend([t.data_ptr() for t in grads])
     aligned = functools.reduce(int.__or__, addresses) % ALIGNMENT == 0
     if not aligned and (parts := _parts(layout, addresses)):
-        return _in_turn(
+        return in_turn(
             [
                 prepare(
                     build,
@@ -222,14 +222,6 @@ def _parts(layout: Layout, addresses: array[int]) -> list[tuple[tuple[int, ...],
         parts = [(indices, layout.part(indices)) for indices in (rest, misaligned)] if rest else []
         layout.tables["parts"] = (misaligned, parts)
     return list(parts)
-
-
-def _in_turn(calls: Sequence[Call]) -> Call:
-    def launch(state: Arrays) -> None:
-        for each in calls:
-            each(state)
-
-    return launch
 
 
 def load(spec: Build, key: tuple[Any, ...], device: torch.device) -> None:

@@ -141,6 +141,16 @@ Call = Callable[[Arrays], None]
 """An update that wants nothing but the arrays. It can be called once."""
 
 
+def in_turn(calls: Sequence[Call]) -> Call:
+    """All of them, one after the other."""
+
+    def call(state: Arrays) -> None:
+        for each in calls:
+            each(state)
+
+    return calls[0] if len(calls) == 1 else call
+
+
 class Update:
     """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
     weights are kept).
