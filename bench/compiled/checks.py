@@ -4,6 +4,7 @@
   of weights and 32-bit state, codes and scales of 8-bit state
 - same bits: once more with other CTAs together, in the reverse order, and with chunks of several tiles
 - bounds: every access within the step's own tensors, and aligned, and nothing else changed
+- skipped: with factors that say so, nothing changes
 - races: between CTAs, and between threads that no barrier separates, in global and shared memory
 - paths: the same bits from whole tiles and masked tails, from the builds for aligned and misaligned memory
 - noise: with the approximate instructions off by as much as the manual allows
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamw_triton_kernels.work import SKIP
 from bench.compiled.adversarial import check_adversarial
 from bench.compiled.comparison import Report, compare
 from bench.compiled.problems import KERNELS, Kernel, Problem, hypers, ordinary, set_gradients
@@ -81,6 +83,10 @@ def check_ordinary(case: Case, report: Report, steps: int) -> None:
                 other.step_compiled(case.capability, **settings)
                 how = settings or f"{max_chunks} chunks"
                 report.require(other.same_bits(ours), f"same bits: others with {how}")
+            skipped = before.copy()
+            skipped.factors = torch.full((len(skipped.params),), SKIP)
+            skipped.step_compiled(case.capability)
+            report.require(skipped.same_bits(before), "skipped: something has changed")
 
 
 def check_races(case: Case, report: Report) -> None:

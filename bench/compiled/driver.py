@@ -7,6 +7,7 @@ that with its list of arguments. What arrives here is what would go to the CUDA 
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,9 @@ class Launcher:
                 raise TypeError(f"argument {name} is {kind}, got {type(value).__name__}")
             if isinstance(value, torch.Tensor):
                 given.append(value.data_ptr())
+                continue
+            if kind == "fp32":
+                given.append(*struct.unpack("<I", struct.pack("<f", value)))
                 continue
             bits = int(kind[1:])
             if not -(1 << (bits - 1)) <= value < 1 << (bits - 1):

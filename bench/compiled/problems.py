@@ -123,6 +123,7 @@ class Problem:
     layout: Layout
     hyper: Tensor
     memories: list[Tensor] = field(default_factory=list)
+    factors: Tensor | None = None
 
     @classmethod
     def of(
@@ -177,13 +178,15 @@ class Problem:
         layout = replace(self.layout, max_chunks=max_chunks or self.layout.max_chunks, tables={})
         params, grads = list(map(moved, self.params)), list(map(moved, self.grads))
         state = {name: moved(array) for name, array in self.state.items()}
-        return Problem(self.kernel, params, grads, state, layout, self.hyper, list(by_memory.values()))
+        memories = list(by_memory.values())
+        return Problem(self.kernel, params, grads, state, layout, self.hyper, memories, self.factors)
 
     def step_in_torch(self) -> None:
         self._step(getattr(reference, self.kernel.update))
 
     def _step(self, update: Update) -> None:
-        update(self.params, self.grads, self.state, self.layout, self.hyper, self.kernel.weights)
+        weights = self.kernel.weights
+        update(self.params, self.grads, self.state, self.layout, self.hyper, weights, self.factors)
 
     def step_compiled(self, capability: int, **settings: Any) -> Session:
         """By the kernel that is compiled for sm_``capability``.
@@ -288,6 +291,11 @@ def set_gradients(problem: Problem, step: int) -> None:
         g[1024:1280] = 0
         grad.copy_(g)
     problem.hyper = hypers(step)
+    if step == 2:  # each tensor has a factor of its own
+        count = len(problem.params)
+        problem.factors = 0.5 + torch.rand(count, generator=generator)
+        factors = tuple(reversed(range(count)))
+        problem.layout = replace(problem.layout, factors=factors, tables={})
     if step == 2 and problem.kernel.block:
         # Half of the blocks are far below their scale, and have to get another one.
         codes = problem.state["exp_avg_sq_codes"].view(-1, problem.kernel.block)

@@ -30,7 +30,7 @@ from bench.ptx.memory import GlobalMemory, Range, SharedMemory
 from bench.ptx.parser import parse
 from bench.ptx.program import PtxError
 
-TABLES = ("addresses", "tensors", "chunks", "hyper")
+TABLES = ("addresses", "tensors", "numels", "chunks", "hyper", "factors", "loss_scale")
 """What the launcher makes for a launch; every other pointer is an array of the state."""
 
 
@@ -84,7 +84,7 @@ class Session:
             self.kernels.append(kernel)
         emulator = self._emulator(kernel.ptx)
         given = dict(zip(kernel.signature, arguments, strict=True))
-        tables = [whole(given[name], name, writable=False) for name in TABLES]
+        tables = [whole(given[name], name, writable=False) for name in TABLES if name in given]
         reach = reachable(given, kernel.constants) if self.reach is None else self.reach
         memory = GlobalMemory([*tables, *reach], self.races, self.sectors)
         order = range(programs - 1, -1, -1) if self.backwards else self.only
@@ -129,11 +129,13 @@ def reachable(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
         given: arguments by name.
         constants: compile-time arguments by name.
     """
+    if "tensors" not in given:
+        return _of_norms(given, constants)
     tensors, addresses = given["tensors"].tolist(), given["addresses"].tolist()
     n = int(given["n_tensors"])
     param, grad = (constants[name].primitive_bitwidth // 8 for name in ("PARAM", "GRAD"))
     ranges = []
-    for index, (_, numel, _, _) in enumerate(tensors):
+    for index, (_, numel, *_) in enumerate(tensors):
         ranges.append(Range(addresses[index], numel * param, f"param {index}"))
         ranges.append(Range(addresses[n + index], numel * grad, f"grad {index}", writable=False))
     state = {
@@ -141,8 +143,22 @@ def reachable(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
     }
     elements = max(array.numel() for array in state.values())
     for name, array in state.items():
-        places = [(offset, numel, f"{name} of tensor {i}") for i, (offset, numel, _, _) in enumerate(tensors)]
+        places = [(offset, numel, f"{name} of tensor {i}") for i, (offset, numel, *_) in enumerate(tensors)]
         ranges += pieces(array, elements // array.numel() if array.numel() else 1, places)
+    return ranges
+
+
+def _of_norms(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
+    """Of what works out the norm of gradients: these, and its own numbers."""
+    ranges = [whole(given[name], name) for name in ("norms", "outcome", "skipped") if name in given]
+    if "addresses" in given:
+        size = constants["GRAD"].primitive_bitwidth // 8
+        grads = zip(given["addresses"].tolist(), given["numels"].tolist(), strict=True)
+        ranges += [
+            Range(address, numel * size, f"grad {i}", writable=False)
+            for i, (address, numel) in enumerate(grads)
+            if numel
+        ]
     return ranges
 
 

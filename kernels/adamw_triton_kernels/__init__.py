@@ -11,13 +11,24 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from types import ModuleType
 
 import torch
 
-from adamw_triton_kernels import reference
+from adamw_triton_kernels import norms, reference
 from adamw_triton_kernels.work import MAX_CHUNKS, Arrays, Call, Hyper, Layout, Update, hyper_table
 
-__all__ = ["MAX_CHUNKS", "Arrays", "Call", "Hyper", "Layout", "Update", "hyper_table", "update_for"]
+__all__ = [
+    "MAX_CHUNKS",
+    "Arrays",
+    "Call",
+    "Hyper",
+    "Layout",
+    "Update",
+    "hyper_table",
+    "norms_for",
+    "update_for",
+]
 
 _log = logging.getLogger("adamw_triton")
 _told: set[str] = set()
@@ -29,18 +40,26 @@ def update_for(name: str, device: torch.device) -> Update:
     Triton on CUDA and ROCm devices, and on the CPU under ``TRITON_INTERPRET=1``; plain torch
     elsewhere.
     """
-    in_torch: Update = getattr(reference, name)
+    update: Update = getattr(_in_triton(name, device) or reference, name)
+    return update
+
+
+def norms_for(device: torch.device) -> ModuleType:
+    """``norms``, or its like in Triton: chosen as updates are."""
+    return _in_triton("norm_kernels", device) or norms
+
+
+def _in_triton(name: str, device: torch.device) -> ModuleType | None:
+    """A module of kernels; None: plain torch is to do its work."""
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
-        return in_torch
+        return None
     try:
-        module = importlib.import_module(f"adamw_triton_kernels.{name}")
+        return importlib.import_module(f"adamw_triton_kernels.{name}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         if device.type not in _told:
             _told.add(device.type)
             _log.warning("triton is not installed: AdamW on %s runs in plain torch, slowly", device.type)
-        return in_torch
-    in_triton: Update = getattr(module, name)
-    return in_triton
+        return None

@@ -26,13 +26,14 @@ def adamw_32bit(
     layout: Layout,
     hyper: torch.Tensor,
     weights: str,
+    factors: torch.Tensor | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
     amsgrad = "max_exp_avg_sq" in state
     largest = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"  # not read without amsgrad
     kept = weights if weights in KEPT else "exp_avg"  # not read then
     names = ("exp_avg", "exp_avg_sq", largest, kept)
-    return prepare(build, params, grads, names, layout, hyper, AMSGRAD=amsgrad, WEIGHTS=weights)
+    return prepare(build, params, grads, names, layout, hyper, factors, AMSGRAD=amsgrad, WEIGHTS=weights)
 
 
 def build(
@@ -86,14 +87,16 @@ def _tile(
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
-    addresses, tensors, chunks, hyper, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, n_tensors, chunk_size,
+    addresses, tensors, chunks, hyper, factors, exp_avg, exp_avg_sq, max_exp_avg_sq, kept,
+    n_tensors, chunk_size,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row = locate(
-        addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
+    param, grad, offset, count, first, row, factor = locate(
+        addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale *= factor
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset

@@ -28,6 +28,9 @@ TILE = 2048  # 16 elements a thread: 128-bit accesses of the codes
 # By block, elements of a masked tile. One of 2,048 takes 254 registers instead of 80, other choices spill
 # on sm_75 or cost an instruction an element on sm_90 (`bench audit`).
 TAILS = {128: 256, 256: 1024}
+# Registers: left to itself, the assembler takes 128 where there is much to hold, and spills on some targets.
+# With 168 three programs share a multiprocessor, as they do with what it takes on others.
+MANY, MOST = 168, 255
 
 
 @Update
@@ -38,12 +41,13 @@ def adamw_8bit(
     layout: Layout,
     hyper: torch.Tensor,
     weights: str,
+    factors: torch.Tensor | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
     names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
     kept = weights if weights in KEPT else names[0]  # not read then
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    return prepare(build, params, grads, (*names, kept), layout, hyper, BLOCK=block, WEIGHTS=weights)
+    return prepare(build, params, grads, (*names, kept), layout, hyper, factors, BLOCK=block, WEIGHTS=weights)
 
 
 def build(
@@ -69,7 +73,14 @@ def build(
         },
         constexprs={"BLOCK": BLOCK, "WEIGHTS": WEIGHTS, "TILE": TILE, "TAIL": TAILS[BLOCK]},
         threads=THREADS,
+        registers=_registers(aligned, BLOCK, WEIGHTS),
     )
+
+
+def _registers(aligned: bool, block: int, weights: str) -> int | None:
+    if not aligned and weights in KEPT:
+        return MOST
+    return None if aligned and block == 128 else MANY
 
 
 @triton.jit
@@ -132,30 +143,30 @@ def _tile(
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
-    addresses, tensors, chunks, hyper, exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales,
-    kept, n_tensors, chunk_size,
+    addresses, tensors, chunks, hyper, factors,
+    exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales, kept, n_tensors, chunk_size,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row = locate(
-        addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
+    param, grad, offset, count, first, row, factor = locate(
+        addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale *= factor
     m_codes = exp_avg_codes + offset
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
     kept += offset
-    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
-    # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
-    whole = count // TILE * TILE
+    # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With the end
+    # of the last for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     for start in range(0, count - TILE + 1, TILE):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TILE, False,
         )  # fmt: skip
-    for start in range(whole, count, TAIL):
+    for start in range(count - count % TILE, count, TAIL):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,

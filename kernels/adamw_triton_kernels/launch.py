@@ -1,12 +1,13 @@
 """One launch for many tensors: the tables a kernel reads, and the compiled kernel, called directly.
 
-A program of the grid takes one *chunk*: a run of elements of one tensor. Four tables say which:
+A program of the grid takes one *chunk*: a run of elements of one tensor. Five tables say which:
 
 - ``addresses`` int64 [2, n]: of each parameter and its gradient; sent when one has moved
-- ``tensors`` int64 [n, 4]: first element in the state arrays, number of elements, index of the first
-  element in the whole parameter, row of its hyperparameters
+- ``tensors`` int64 [n, 5]: first element in the state arrays, number of elements, index of the first
+  element in the whole parameter, row of its hyperparameters, its factor
 - ``chunks`` int32 [number of chunks, 2]: (tensor, chunk of that tensor)
 - ``hyper`` fp32 [rows, 8]: ``work.hyper_table``; sent at every step, unless it is made on the device
+- ``factors`` fp32: what gradients are multiplied by, worked out on the device; ``SKIP`` leaves a tensor alone
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 @triton.jit
 def locate(
-    addresses, tensors, chunks, n_tensors, chunk_size,
+    addresses, tensors, chunks, factors, n_tensors, chunk_size,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """This program's chunk: pointers to its first parameter and gradient, the index of its first
     element in the state arrays, how many elements it has, the index of the first in the whole
-    parameter, and the row of its hyperparameters. Offsets are 64-bit, the count is 32-bit.
+    parameter, the row of its hyperparameters, and its factor. Offsets are 64-bit, the count is 32-bit.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + 2 * chunk)
@@ -56,11 +57,13 @@ def locate(
     grad = (tl.load(addresses + n_tensors + tensor)).to(tl.pointer_type(GRAD))
     param = tl.multiple_of(param, PARAM_ALIGN) + start
     grad = tl.multiple_of(grad, GRAD_ALIGN) + start
-    row = tensors + 4 * tensor
+    row = tensors + 5 * tensor
     offset = tl.multiple_of(tl.load(row), 32) + start
     count = tl.minimum(tl.load(row + 1) - start, chunk_size).to(tl.int32)
     first = tl.load(row + 2) + start
-    return param, grad, offset, count, first, tl.load(row + 3)
+    factor = tl.load(factors + tl.load(row + 4))
+    count = tl.where(factor < 0, 0, count)  # SKIP; a NaN goes into the update
+    return param, grad, offset, count, first, tl.load(row + 3), factor
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Build:
     constexprs: dict[str, Any]
     threads: int
     """Of a program. Their number fixes how many elements each holds, and so the width of accesses."""
+    registers: int | None = None
+    """Of a thread, at most; None: as the assembler likes."""
 
     @classmethod
     def of(
@@ -84,6 +89,7 @@ class Build:
         state: Mapping[str, str],
         constexprs: Mapping[str, Any],
         threads: int,
+        registers: int | None = None,
     ) -> Build:
         all_constexprs = {
             "PARAM": TL_DTYPES[param_dtype],
@@ -92,10 +98,16 @@ class Build:
             "GRAD_ALIGN": ALIGNMENT if aligned else grad_dtype.itemsize,
             **constexprs,
         }
-        tables = {"addresses": "*i64", "tensors": "*i64", "chunks": "*i32", "hyper": "*fp32"}
+        tables = {
+            "addresses": "*i64",
+            "tensors": "*i64",
+            "chunks": "*i32",
+            "hyper": "*fp32",
+            "factors": "*fp32",
+        }
         scalars = {"n_tensors": "i32", "chunk_size": "i32"}
         signature = {**tables, **state, **scalars, **dict.fromkeys(all_constexprs, "constexpr")}
-        return cls(fn, signature, all_constexprs, threads)
+        return cls(fn, signature, all_constexprs, threads, registers)
 
     def num_warps(self, warp_size: int) -> int:
         return self.threads // warp_size
@@ -103,7 +115,8 @@ class Build:
     def options(self, warp_size: int) -> dict[str, Any]:
         """Of the compiler. Multiply-adds are fused where the kernels say so, and nowhere else: what it would
         choose differs between targets, builds, loops and versions of Triton, and with it the last bit."""
-        return {"num_warps": self.num_warps(warp_size), "enable_fp_fusion": False}
+        most = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps(warp_size), "enable_fp_fusion": False, **most}
 
     @property
     def tile(self) -> int:
@@ -141,11 +154,13 @@ class _Tables:
     """The tables of one layout on one device, and the launches that use them."""
 
     def __init__(self, layout: Layout, tile: int, device: torch.device) -> None:
-        rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, strict=True)
+        factors = layout.factors or [0] * len(layout.numels)
+        rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, factors, strict=True)
         self.tensors = send(torch.tensor(list(rows), dtype=torch.int64, device="cpu"), device)
         chunks, self.chunk_size = chunk_table(layout.numels, tile, layout.max_chunks)
         self.chunks = send(chunks, device)
         self.addresses = DeviceTable(device)
+        self.ones = send(torch.ones(1, device="cpu"), device)
 
 
 def prepare(
@@ -155,6 +170,7 @@ def prepare(
     names: Sequence[str],
     layout: Layout,
     hyper: torch.Tensor,
+    factors: torch.Tensor | None,
     **variant: Any,
 ) -> Call:
     """All that can fail of running a kernel over the tensors of a layout: tables are sent, kernels compiled
@@ -164,6 +180,7 @@ def prepare(
         params, grads: dense, all of one dtype each, on one device.
         names: of the state arrays, in the kernel's order.
         hyper: on their device or on the host.
+        factors: on their device.
         variant: compile-time arguments of ``build``.
     """
     device = params[0].device
@@ -180,6 +197,7 @@ def prepare(
                     names,
                     part,
                     hyper,
+                    factors,
                     **variant,
                 )
                 for indices, part in parts
@@ -199,6 +217,7 @@ def prepare(
         tables.tensors,
         tables.chunks,
         hyper if made_there else send(hyper, device),
+        tables.ones if factors is None else factors,
     )
     scalars = (len(params), tables.chunk_size)
     programs = len(tables.chunks)

@@ -19,6 +19,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from adamw_triton_kernels.codes import (
 from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.runs import Run, runs
 from adamw_triton_kernels.weights import ELEMENT, PHASE, beside, read, write
-from adamw_triton_kernels.work import MASTER, NEAREST, STOCHASTIC, Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import MASTER, NEAREST, SKIP, STOCHASTIC, Arrays, Call, Layout, Update
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -59,12 +60,16 @@ def adamw_32bit(
     layout: Layout,
     hyper: Tensor,
     weights: str,
+    factors: Tensor | None,
 ) -> Call:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
     amsgrad = "max_exp_avg_sq" in state
     update = _update_32bit(weights, amsgrad)
     names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad]
+    if _skips(factors):
+        return _leave
+    hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     longest = FUSED_CHUNK if weights in (STOCHASTIC, MASTER) else WHOLE
     dither = _dither_of(weights, min(sum(layout.numels), longest), ALIGNMENT, params[0].device)
@@ -104,6 +109,7 @@ def adamw_8bit(
     layout: Layout,
     hyper: Tensor,
     weights: str,
+    factors: Tensor | None,
 ) -> Call:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
@@ -111,6 +117,9 @@ def adamw_8bit(
     most, device = min(sum(layout.numels), FUSED_CHUNK), params[0].device
     dither = Dither.of(most, block, device)
     other_dither = _dither_of(weights, most, block, device)
+    if _skips(factors):
+        return _leave
+    hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     opened, closed = _apart(weights)
 
@@ -157,6 +166,30 @@ def _apart(weights: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
             lambda x, p, *kept: write(x, p, [kept[0] + kept[1]] if weights == STOCHASTIC else kept, weights)
         ),
     )
+
+
+def _leave(state: Arrays) -> None:
+    """What is left of a step that is skipped."""
+
+
+def _skips(factors: Tensor | None) -> bool:
+    return factors is not None and bool((factors == SKIP).any())
+
+
+def _scaled(hyper: Tensor, layout: Layout, factors: Tensor | None) -> tuple[Tensor, Layout]:
+    """With the factors in the hyperparameters: of one, the same layout; else one of a row for each tensor."""
+    if factors is None:
+        return hyper, layout
+    if layout.factors:
+        apart: Layout | None = layout.tables.get("apart")
+        if apart is None:
+            rows = tuple(range(len(layout.numels)))
+            apart = layout.tables["apart"] = replace(layout, rows=rows, factors=(), tables={})
+        hyper, factors = hyper[list(layout.rows)], factors[list(layout.factors)]
+        layout = apart
+    hyper = hyper.clone()
+    hyper[:, 0] *= factors
+    return hyper, layout
 
 
 def _phases(hyper: Tensor) -> list[int]:

@@ -22,6 +22,22 @@ DITHER_STEP = 0x9E3779B9  # 2**32 / golden ratio: consecutive steps of one eleme
 # zero, and a zero denominator would throw the weight.
 SMALLEST_EPS = 2.0**-63
 
+SKIP = -1.0
+"""A factor of a step that is to leave all tensors and their state as they are. All factors of a call are, or
+none is."""
+
+
+class Verdict(NamedTuple):
+    """What is to be made of the norm of all gradients."""
+
+    max_norm: float | None
+    """To this they are clipped; None: not at all."""
+    loss_scale: Tensor | None
+    """fp32, of one element, on the device: by it gradients are too large; None: by nothing."""
+    skipped: Tensor | None
+    """fp32 [1] on the device: counts steps that were skipped for a norm that is not finite; None: none is."""
+
+
 NEAREST, STOCHASTIC, REMAINDER, MASTER = "nearest", "stochastic", "remainder", "master"
 """How a weight is kept, see ``weights.py``. The last two are names of state arrays, too."""
 
@@ -119,6 +135,8 @@ class Layout:
     """Index in the whole parameter of the tensor's first element: 0, unless it is a piece of one."""
     rows: tuple[int, ...]
     """Which row of the call's ``hyper_table`` it takes."""
+    factors: tuple[int, ...] = ()
+    """Which of the call's factors it takes; empty: the first."""
     max_chunks: int = MAX_CHUNKS
     """Programs of the launch, at most about."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -130,6 +148,7 @@ class Layout:
             offsets=tuple(self.offsets[index] for index in indices),
             firsts=tuple(self.firsts[index] for index in indices),
             rows=tuple(self.rows[index] for index in indices),
+            factors=tuple(self.factors[index] for index in indices) if self.factors else (),
             max_chunks=self.max_chunks,
         )
 
@@ -153,7 +172,10 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 class Update:
     """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
-    weights are kept).
+    weights are kept, factors).
+
+    Factors are fp32 [some], where the tensors are: what gradients are multiplied by; the layout says which is
+    whose. None: by nothing.
 
     In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
     sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
@@ -161,7 +183,10 @@ class Update:
     """
 
     def __init__(
-        self, prepare: Callable[[Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor, str], Call]
+        self,
+        prepare: Callable[
+            [Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor, str, Tensor | None], Call
+        ],
     ) -> None:
         self._prepare = prepare
         functools.update_wrapper(self, prepare)
@@ -174,8 +199,9 @@ class Update:
         layout: Layout,
         hyper: Tensor,
         weights: str = NEAREST,
+        factors: Tensor | None = None,
     ) -> Call:
-        return self._prepare(params, grads, state, layout, hyper, weights)
+        return self._prepare(params, grads, state, layout, hyper, weights, factors)
 
     def __call__(
         self,
@@ -185,5 +211,6 @@ class Update:
         layout: Layout,
         hyper: Tensor,
         weights: str = NEAREST,
+        factors: Tensor | None = None,
     ) -> None:
-        self.prepare(params, grads, state, layout, hyper, weights)(state)
+        self.prepare(params, grads, state, layout, hyper, weights, factors)(state)

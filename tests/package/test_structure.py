@@ -29,11 +29,11 @@ ROOMS = [
 ]
 KERNEL_ROOMS = [
     {"ahead"},
-    {"adamw_32bit", "adamw_8bit"},
+    {"adamw_32bit", "adamw_8bit", "norm_kernels"},
     {"launch", "blockwise", "update_rule"},
     {"rounding"},
     {"__init__"},
-    {"reference"},
+    {"reference", "norms"},
     {"codes", "weights"},
     {"fusion", "runs"},
     {"work", "tables"},
