@@ -70,15 +70,15 @@ def param_groups(
     Trainer leaves them out. A tied one goes by the most careful of its places: no decay if any of them has
     none, and the lowest of their learning rates.
 
-    Layers are found by structure: a *stack* is an nn.ModuleList (or an nn.ModuleDict with numbers for keys) of
-    blocks, or an nn.Sequential in which a class of blocks comes twice, and that is in no other stack. A block
-    is a module made of modules; in a model without such stacks, single modules will do. Stacks side by side in
-    one module follow each other (layer1, layer2 ... of a ResNet); others (an encoder and a decoder, a vision
-    tower) are counted each from its own top. Outside of stacks, embeddings have depth 0, and so has what is
-    registered before a stack of the innermost module around it that has one; all else is the head, final
-    norms too.
+    Layers are found by structure: a *stack* is an nn.ModuleList (or an nn.ModuleDict with numbers for keys)
+    of blocks, or an nn.Sequential in which a class of blocks comes twice, and that is in no other stack. A
+    block is a module made of modules; in a model without such stacks, single modules will do. Stacks side by
+    side in one module follow each other (layer1, layer2 ... of a ResNet); others (an encoder and a decoder, a
+    vision tower) are counted each from its own top. Outside of stacks, embeddings have depth 0, and so has
+    what is registered before a stack of the innermost module around it that has one; all else is the head,
+    final norms too.
 
-    For a schedule of the weight decay, before each step::
+    For a schedule of the weight decay, before each step (groups that come to 0 stay there)::
 
         for group in (group for group in optimizer.param_groups if group["weight_decay"]):
             group["weight_decay"] = 0.1 * (1 - step / steps)
@@ -88,10 +88,10 @@ def param_groups(
         weight_decay: of what decays; None: the optimizer's.
         lr: of the head, or of all without ``layer_decay``; None: the optimizer's. If it is a tensor, each
             group gets one of its own.
-        layer_decay: above 0 and at most 1, and needs ``lr``. The top layer learns with this times ``lr``, each
-            one below with this times the rate of the one above it, the embeddings slowest: with
-            ``lr * layer_decay ** (layers + 1)``, by the tallest stack. Where there is no head, the top layer
-            has ``lr``.
+        layer_decay: above 0 and at most 1, and needs ``lr``. The top layer learns with this times ``lr``,
+            each one below with this times the rate of the one above it, the embeddings slowest: with ``lr *
+            layer_decay ** (layers + 1)``, by the tallest stack. Where there is no head, the top layer has
+            ``lr``.
         no_decay: what does not decay; it replaces the default. Kinds, and patterns for dotted names as in
             :mod:`fnmatch`: ``("biases", "norms", "vectors", "model.embed_tokens.*")``. Kinds are "biases" (by
             name), "norms" (by class: torch's, and any called ...Norm), "embeddings" (nn.Embedding, any class
@@ -100,8 +100,8 @@ def param_groups(
 
     Returns:
         A group for each depth and decay, the lowest depth first, and those that decay before those that do
-        not. Each has ``params``, their ``param_names``, ``lr`` and ``weight_decay`` where these are not left to
-        the optimizer, and with ``layer_decay`` its ``depth``: 0 for embeddings, the highest for the head.
+        not. Each has ``params``, their ``param_names``, ``lr`` and ``weight_decay`` where these are not left
+        to the optimizer, and with ``layer_decay`` its ``depth``: 0 the lowest, embeddings if there are any.
 
     Raises:
         TypeError: an argument is none of the above.
@@ -137,8 +137,9 @@ def param_groups(
         group: dict[str, Any] = {"params": list(named.values()), "param_names": list(named)}
         if lr is not None:
             group["lr"] = lr * (1.0 if layer_decay is None else layer_decay ** (bottom - depth))
-        if without or weight_decay is not None:
-            group["weight_decay"] = 0.0 if without else weight_decay
+        decay = 0.0 if without else weight_decay
+        if decay is not None:
+            group["weight_decay"] = float(decay)
         if layer_decay is not None:
             group["depth"] = depth
         groups.append(group)
@@ -174,8 +175,8 @@ def _spared(places: list[_Place], no_decay: Iterable[str]) -> set[str]:
         matched = {place.name for place in places if fnmatchcase(place.name, item)}
         if not matched:
             raise ValueError(
-                f"no_decay: {item!r} is no kind ({', '.join(map(repr, _KINDS))}), and as a pattern it matches "
-                f"no parameter; names are like {', '.join(repr(place.name) for place in places[:2])}"
+                f"no_decay: {item!r} is no kind ({', '.join(map(repr, _KINDS))}), and as a pattern it "
+                f"matches no parameter; names are like {', '.join(repr(place.name) for place in places[:2])}"
             )
         spared |= matched
     return spared
