@@ -217,12 +217,7 @@ def _stacks(modules: Mapping[str, nn.Module], is_layer: Callable[[nn.Module], bo
     of experts that is longer."""
     here: list[str] = []
     for path, module in modules.items():
-        # Not named_children(): that leaves out what comes again.
-        inner = {
-            f"{path}.{name}".lstrip("."): child
-            for name, child in module._modules.items()
-            if child is not None
-        }
+        inner = {f"{path}.{name}".lstrip("."): child for name, child in _children(module).items()}
         if _is_stack(module, is_layer):
             here += [path for path, child in inner.items() if _has_parameters(child)]
         else:
@@ -232,13 +227,18 @@ def _stacks(modules: Mapping[str, nn.Module], is_layer: Callable[[nn.Module], bo
 
 
 def _is_stack(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> bool:
-    layers = [type(child) for child in module._modules.values() if child is not None and is_layer(child)]
+    layers = [type(child) for child in _children(module).values() if is_layer(child)]
     if isinstance(
         module, nn.Sequential
-    ):  # a model and its head may be one too, as sentence-transformers has it
+    ):  # which may be a whole model and its head: sentence-transformers' is
         return max(Counter(layers).values(), default=0) > 1
     numbered = isinstance(module, nn.ModuleDict) and all(name.isdigit() for name in module)
     return (numbered or isinstance(module, nn.ModuleList)) and bool(layers)
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """``named_children()``, which leaves out what comes again."""
+    return {name: child for name, child in module._modules.items() if child is not None}
 
 
 def _is_block(module: nn.Module) -> bool:

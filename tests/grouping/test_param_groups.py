@@ -68,7 +68,14 @@ def tied() -> nn.Module:
 
 def twice() -> nn.Module:
     block = Block()
-    return nn.Sequential(block, block, Block())
+    return nn.Sequential(block, block, linear())
+
+
+def shared() -> nn.Module:
+    """Two stacks with a block in common: the top of one, under the top of the other."""
+    block = Block()
+    lists = [nn.ModuleList([Block(), block]), nn.ModuleList([block, Block()])]
+    return Model(first=Model(block=lists[0]), second=Model(block=lists[1]), head=linear())
 
 
 class Titan(nn.Module):
@@ -150,6 +157,10 @@ DEPTHS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "layers in a dict": (Titan, {"tokens": 3, "layers.0": 2, "layers.1": 1, "output": 0}),
     "tied, the head first": (tied, {"head": 2, "blocks.0": 1, "blocks.1": 0}),
     "a block that comes twice": (twice, {"0": 2, "2": 0}),
+    "a block of two stacks": (
+        shared,
+        {"first.block.0": 2, "first.block.1": 2, "second.block.1": 1, "head": 0},
+    ),
 }
 
 
@@ -179,7 +190,7 @@ class OddNorm(nn.Module):
         self.weight = bare(2, 2)
 
 
-class SubNorm(OddNorm):
+class OddNormInHalf(OddNorm):
     pass
 
 
@@ -200,7 +211,7 @@ DECAYING: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"0.weight"},
     ),
     "a norm of images": (lambda: Model(norm=nn.LayerNorm((2, 2)), linear=linear()), {"linear.weight"}),
-    "norms by class": (lambda: Model(a=OddNorm(), b=SubNorm(), c=Normalizer(2, 2)), {"c.weight"}),
+    "norms by class": (lambda: Model(a=OddNorm(), b=OddNormInHalf(), c=Normalizer(2, 2)), {"c.weight"}),
     "RMSNorm": (lambda: Model(norm=nn.RMSNorm(4)), set()),
     "embeddings": (lambda: Model(a=nn.Embedding(2, 2), b=nn.EmbeddingBag(2, 2)), set()),
     "embeddings by class": (lambda: Model(a=FancyEmbeddings()), {"a.proj.weight"}),
