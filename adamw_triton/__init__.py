@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Any
 from adamw_triton._version import __version__
 
 if TYPE_CHECKING:
+    from adamw_triton.grouping import param_groups
     from adamw_triton.optimizer import AdamW
     from adamw_triton.selection.planning import plan
     from adamw_triton.selection.plans import Plan
 
-__all__ = ["AdamW", "Plan", "__version__", "plan"]
+__all__ = ["AdamW", "Plan", "__version__", "param_groups", "plan"]
 
 # Imported when asked for: the command line shows its help without torch.
-_HOMES = {"AdamW": "optimizer", "Plan": "selection.plans", "plan": "selection.planning"}
+_HOMES = {
+    "AdamW": "optimizer",
+    "Plan": "selection.plans",
+    "param_groups": "grouping",
+    "plan": "selection.planning",
+}
 
 
 def __getattr__(name: str) -> Any:

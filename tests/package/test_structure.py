@@ -18,7 +18,7 @@ ROOMS = [
     {"huggingface", "architectures"},
     {"trainer_arguments"},
     {"__init__"},
-    {"optimizer", "store"},
+    {"optimizer", "store", "grouping"},
     {"places"},
     {"selection", "step", "checkpoint"},
     {"arguments"},
