@@ -39,7 +39,10 @@ BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 _OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
+    "max_grad_norm", "nonfinite",
 )  # fmt: skip
+NONFINITE = ("propagate", "skip", "raise")
+"""What becomes of a step whose gradients are not all finite."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
@@ -87,6 +90,16 @@ def check_weights(variant: str, master_weights: object, stochastic_rounding: obj
         return ("nearest",)
     exact = ("exact",) if master_weights == "auto" else ()
     return (*exact, "nearest" if stochastic_rounding is False else "stochastic")
+
+
+def check_clipping(max_grad_norm: object, nonfinite: object) -> None:
+    is_number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is not None and not (is_number and max_grad_norm > 0):  # type: ignore[operator]
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number > 0, or None: no clipping"
+        )
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"Invalid nonfinite: {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:

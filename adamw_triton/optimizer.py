@@ -13,6 +13,7 @@ from adamw_triton import checkpoint
 from adamw_triton.arguments import (
     VARIANTS,
     check_capture,
+    check_clipping,
     check_group,
     check_implementation,
     check_keys,
@@ -30,6 +31,8 @@ from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.buffers import begin_anew
+from adamw_triton.step.batch import Batch, Item
+from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
@@ -78,6 +81,14 @@ class AdamW(torch.optim.Optimizer):
         stochastic_rounding: round bf16 weights up or down in proportion to what is cut off, reproducibly:
             right on average, where rounding to nearest loses most small updates. ``"auto"``: with
             ``variant="auto"``, if exact weights do not fit.
+        max_grad_norm: clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_`` would before
+            the step, in fp32 and without waiting for the GPU. The gradients themselves stay as they were;
+            ``inf`` clips nothing, and ``grad_norm`` can be read.
+        nonfinite: what becomes of a step with NaN or Inf among its gradients. ``"propagate"``: they go into
+            weights and state. ``"skip"``: nothing changes, no weight, state or step count, and
+            ``skipped_steps`` counts; step counts are on the GPU then. ``"raise"``: an error names tensors
+            before anything is written, for which every step waits for the GPU. A norm above 3.4e38 counts as
+            Inf.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -90,8 +101,12 @@ class AdamW(torch.optim.Optimizer):
         TypeError: the dtype of a parameter that requires gradients is not supported.
     """
 
+    # Of one that was pickled before there were these.
+    max_grad_norm: float | None = None
+    nonfinite: str = PROPAGATE
     _places: Reservations
     _whole: WholeSteps
+    _clipping: Clipping
 
     def __init__(
         self,
@@ -110,6 +125,8 @@ class AdamW(torch.optim.Optimizer):
         capturable: bool = False,
         master_weights: bool | str = "auto",
         stochastic_rounding: bool | str = "auto",
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
         fused: bool | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -118,6 +135,7 @@ class AdamW(torch.optim.Optimizer):
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
         weights = check_weights(variant, master_weights, stochastic_rounding)
+        check_clipping(max_grad_norm, nonfinite)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights)
         self.variant = variant
         self.memory_budget = memory_budget
@@ -126,6 +144,8 @@ class AdamW(torch.optim.Optimizer):
         self.capturable = capturable
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
         self._reset()
         defaults = {
             "lr": lr,
@@ -147,6 +167,22 @@ class AdamW(torch.optim.Optimizer):
     def plan(self) -> Plan | None:
         """What the first step of ``variant="auto"`` chose, and from what; None before it."""
         return self._chooser.plan
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, unscaled and before clipping: fp32, of no dimension, on
+        the device of the first. To read it is to wait for the step. None before the first one, and where
+        neither ``max_grad_norm`` nor ``nonfinite`` wants to know it."""
+        return self._clipping.norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Since this optimizer was made or loaded, by ``nonfinite="skip"``. Waits for the last step."""
+        return self._clipping.skipped
+
+    @property
+    def _steps_on_device(self) -> bool:
+        return self.capturable or self.nonfinite == SKIPPED
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; also between steps."""
@@ -201,7 +237,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self) -> None:
         for group in self.param_groups:
-            check_group(group, VARIANTS[self.variant].bits, self.capturable)
+            check_group(group, VARIANTS[self.variant].bits, self._steps_on_device)
         stepped = Stepped.of(self.param_groups)
         batch = self._places.batch_of(stepped, self.state)
         if batch is None:
@@ -209,17 +245,30 @@ class AdamW(torch.optim.Optimizer):
         self._store.reload(self.state)
         items = batch.items(stepped.params, stepped.grads)
         ordered = batch.in_order(items)
-        work = batch.prepare(ordered, Settings(self.param_groups, getattr(self, "grad_scale", None)))
+        scale = getattr(self, "grad_scale", None)
+        judged = self._judge(batch, ordered, scale, stepped) if self._clipping.active else None
+        if judged is not None and judged.known_skipped():
+            return
+        work = batch.prepare(ordered, Settings(self.param_groups, scale), judged)
         self._store.prepare(work)
         with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
                 begin_anew(changed)
-            self._store.run(work)
-            batch.count()
+            self._store.run(work, judged.known_skipped if judged is not None and judged.skips else None)
+            batch.count(judged)
             batch.copy_back(ordered, items)
             batch.remember()
+
+    def _judge(
+        self, batch: Batch, ordered: list[Item], scale: float | Tensor | None, stepped: Stepped
+    ) -> Judged:
+        def faults() -> list[str]:
+            found = map(describe, stepped.grads, stepped.names)
+            return [each for each in found if each]
+
+        return self._clipping.judge(batch.norms(ordered), scale, faults)
 
     def offload(self) -> None:
         """Hand back the GPU memory of resident state and of staging between steps, for evaluation or
@@ -367,7 +416,7 @@ class AdamW(torch.optim.Optimizer):
         self._store.renew(self.state)
         kept = (
             "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
-            "stochastic_rounding", "_chooser",
+            "stochastic_rounding", "max_grad_norm", "nonfinite", "_chooser",
         )  # fmt: skip
         state = checkpoint.cut(self.state, self._store.slots)
         return {**super().__getstate__(), "state": state, **{name: getattr(self, name) for name in kept}}
@@ -375,7 +424,10 @@ class AdamW(torch.optim.Optimizer):
     def _reset(self) -> None:
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
         policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
-        self._places = Reservations(self._chooser, policy, self.transfer, self.block_size)
+        self._places = Reservations(
+            self._chooser, policy, self.transfer, self.block_size, steps_on_device=self._steps_on_device
+        )
+        self._clipping = Clipping(self.max_grad_norm, self.nonfinite)
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
 

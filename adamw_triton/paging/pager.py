@@ -73,23 +73,31 @@ class Pager:
             found = self._reached[buffer] = all(map(self._device.reaches, buffer.arrays.values()))
         return found
 
-    def walk(self, work: Work) -> None:
-        """Queue the updates of all pages. Any order of them would do: no two share an element."""
+    def walk(self, work: Work, stop: Callable[[], bool] | None = None) -> None:
+        """Queue the updates of all pages. Any order of them would do: no two share an element.
+
+        Args:
+            stop: asked before each page, whether the rest need not be updated any more.
+        """
         begin = self._device.compute.record()
         try:
-            self._last = self._in_place(work) if self._transfer == ZERO_COPY else self._copying(work)
+            self._last = self._in_place(work) if self._transfer == ZERO_COPY else self._copying(work, stop)
         except BaseException:
             self._device.synchronize()  # what is queued uses memory that may be freed now
             raise
+        if stop is not None and stop():
+            return  # of what has not moved there is nothing to learn
         nbytes = sum(array.nbytes for page, _ in work for array in page.arrays().values())
         self._choice.ran(self._transfer, nbytes, begin, self._last)
 
-    def _copying(self, work: Work) -> Event:
+    def _copying(self, work: Work, stop: Callable[[], bool] | None) -> Event:
         inbound, compute, outbound = self._device.inbound, self._device.compute, self._device.outbound
         if self._last is not None:
             inbound.wait(self._last)  # the page may be still on its way out, and so may the stages
         left: list[Event] = []
         for number, (page, update) in enumerate(work):
+            if stop is not None and stop():
+                break
             if number >= len(self._ring):
                 inbound.wait(left[number - len(self._ring)])
             arrays = page.arrays()
@@ -102,7 +110,7 @@ class Pager:
             for name in arrays:
                 outbound.copy(arrays[name], staged[name])
             left.append(outbound.record())
-        return left[-1]
+        return left[-1] if left else compute.record()
 
     def _in_place(self, work: Work) -> Event:
         compute = self._device.compute

@@ -31,6 +31,8 @@ def make_places(
     slots: Mapping[int, Slot],
     policy: Policy,
     limits: Mapping[torch.device, int],
+    *,
+    steps_on_device: bool = False,
 ) -> tuple[dict[int, Slot], dict[torch.device, int]]:
     """Slots in new buffers, by id of their parameter, where ``slots`` has none or none that will do; and the
     bytes of each device's pages. What has its place keeps it: nothing else would have to be there twice.
@@ -75,7 +77,7 @@ def make_places(
         id(slot.param): slot
         for (device, state_format, is_paged), members in homeless.items()
         for some in _grains(members, state_format, policy.grain)
-        for slot in make_slots(state_format, some, device, paged=is_paged, steps_on_device=policy.capturable)
+        for slot in make_slots(state_format, some, device, paged=is_paged, steps_on_device=steps_on_device)
     }
     return made, page_bytes
 

@@ -39,10 +39,18 @@ class Reservations:
     """Keeps the store as groups and chooser want it. Groups and state are the optimizer's own, passed
     with each call: a load replaces them."""
 
-    def __init__(self, chooser: Chooser, policy: Policy, transfer: str, block_size: int) -> None:
+    def __init__(
+        self,
+        chooser: Chooser,
+        policy: Policy,
+        transfer: str,
+        block_size: int,
+        *,
+        steps_on_device: bool = False,
+    ) -> None:
         self._chooser = chooser
         self._block_size = block_size
-        self.store = Store(policy, transfer)
+        self.store = Store(policy, transfer, steps_on_device=steps_on_device)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: list[_Kept] = []

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ _log = logging.getLogger("adamw_triton")
 
 
 class Store:
-    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``."""
+    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``; ``steps_on_device``: keep step
+    counts there."""
 
-    def __init__(self, policy: Policy, transfer: str) -> None:
+    def __init__(self, policy: Policy, transfer: str, *, steps_on_device: bool = False) -> None:
         self.policy = policy
+        self._steps_on_device = steps_on_device
         self._transfer = transfer
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
@@ -103,7 +105,9 @@ class Store:
                 )
         with self._still(state):
             self.renew(state)
-            made, page_bytes = make_places(wanted, self.slots, self.policy, self._limits)
+            made, page_bytes = make_places(
+                wanted, self.slots, self.policy, self._limits, steps_on_device=self._steps_on_device
+            )
             slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, *_ in wanted}
             taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
             fresh, kept, left, inexact = [], [], [], 0
@@ -160,13 +164,14 @@ class Store:
             paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
             self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
 
-    def run(self, work: Work) -> None:
-        """Update all pages: resident ones where they are, while the first of the others come in."""
+    def run(self, work: Work, stop: Callable[[], bool] | None = None) -> None:
+        """Update all pages: resident ones where they are, while the first of the others come in. ``stop``:
+        asked before each of these, whether they may stay where they are."""
         for page, update in work:
             if not page.buffer.paged:
                 update(page.buffer.arrays)
         for device, pages in _by_device(work).items():
-            self._pagers[device].walk(pages)
+            self._pagers[device].walk(pages, stop)
 
     def finish(self) -> None:
         """Wait until all pages are on the host."""

@@ -143,9 +143,9 @@ class Auto:
     def policy(self) -> Policy:
         """For the store."""
         if self._taken is None:
-            return Policy(paged=False, grain=self._grain, capturable=self._capturable)
+            return Policy(paged=False, grain=self._grain)
         budgets = dict(zip(self._devices, self._taken.budgets, strict=True))
-        return Policy(self._taken.paged, budgets=budgets, grain=self._grain, capturable=self._capturable)
+        return Policy(self._taken.paged, budgets=budgets, grain=self._grain)
 
     @property
     def _grain(self) -> int | None:
@@ -246,4 +246,4 @@ def chooser_for(
     """Of an optimizer with these arguments; ``weights``: how those of 16 bits may be kept, the best first."""
     if variant.chosen:
         return Auto(budget, block_size, capturable, weights)
-    return Fixed(variant.bits, Policy(variant.paged, budget, capturable=capturable), weights[0])
+    return Fixed(variant.bits, Policy(variant.paged, budget), weights[0])

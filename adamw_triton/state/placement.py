@@ -34,15 +34,13 @@ class Policy(NamedTuple):
 
     ``paged``: also in host memory. Then ``budgets`` are the bytes that state and staging may take on a GPU,
     ``budget`` those on a GPU that is not among them; None for staging alone. ``grain``: bytes that are
-    spilled at a time, at least; None if there will be no spilling. ``capturable``: state stays where it is
-    once it is there, and step counts are beside it.
+    spilled at a time, at least; None if there will be no spilling.
     """
 
     paged: bool
     budget: int | None = None
     budgets: Mapping[torch.device, int | None] = {}
     grain: int | None = None
-    capturable: bool = False
 
 
 class Ring(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
+from adamw_triton.step.clipping import Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
-from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
+from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, norms_for, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
 from adamw_triton_kernels.work import REMAINDER, in_turn
 
@@ -99,7 +100,9 @@ class Launch:
     """The page's arrays, without their memory."""
     layout: Layout | None = None
 
-    def prepare(self, items: Sequence[Item], settings: Settings) -> Callable[[Arrays], None]:
+    def prepare(
+        self, items: Sequence[Item], settings: Settings, factors: Tensor | None
+    ) -> Callable[[Arrays], None]:
         """All that can fail of the call, which wants the page's arrays alone; the items are in order."""
         rows, hyper = self.numbers.at_next_step(settings)
         if self.layout is None or self.layout.rows is not rows:
@@ -107,7 +110,7 @@ class Launch:
         layout = self.layout
         params = [piece.of(items[piece.position].param) for piece in self.pieces]
         grads = [piece.of(items[piece.position].grad) for piece in self.pieces]
-        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights)
+        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights, factors)
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
         return Layout(
@@ -140,6 +143,7 @@ class Batch:
             for buffer, positions in of_buffer.items()
         ]
         self._exact = [slot for slot in self.slots if slot.format.weights == REMAINDER]
+        self._norms: dict[torch.device, tuple[list[int], Any]] = {}
         self._launches: list[tuple[Page, list[Launch]]] = []
         for buffer, positions in of_buffer.items():
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
@@ -167,10 +171,25 @@ class Batch:
         all else is done, and keeps what it reads: there any batch will do."""
         return capturing() or all(stream_of(device) == stream for device, stream in self._streams.items())
 
-    def prepare(self, items: Sequence[Item], settings: Settings) -> Work:
+    def norms(self, items: Sequence[Item]) -> dict[torch.device, Tensor]:
+        """Of the gradients on each device, or of parts of them; the items are in order."""
+        if not self._norms:
+            for device in self._streams:
+                mine = [i for i, slot in enumerate(self.slots) if slot.buffer.device == device]
+                numels = [self.slots[i].numel for i in mine]
+                self._norms[device] = mine, norms_for(device).Norms(numels, device)
+        return {
+            device: norms.of([items[i].grad for i in mine]) for device, (mine, norms) in self._norms.items()
+        }
+
+    def prepare(self, items: Sequence[Item], settings: Settings, judged: Judged | None = None) -> Work:
         """All that can fail; the items are in order."""
+
+        def factors(page: Page) -> Tensor | None:
+            return None if judged is None else judged.factors(page.buffer.device)
+
         return [
-            (page, in_turn([launch.prepare(items, settings) for launch in launches]))
+            (page, in_turn([launch.prepare(items, settings, factors(page)) for launch in launches]))
             for page, launches in self._launches
         ]
 
@@ -183,10 +202,10 @@ class Batch:
         for slot in self._exact:
             slot.remember()
 
-    def count(self) -> None:
-        """One step more for every parameter."""
-        for buffer, counted in self._counts:
-            buffer.steps += counted
+    def count(self, judged: Judged | None = None) -> None:
+        """One step more for every parameter, if it is none that is skipped."""
+        for buffer, ones in self._counts:
+            buffer.steps += ones if judged is None else judged.counted(ones)
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:

@@ -196,19 +196,26 @@ def compiled(capability: int, **settings: Any) -> Iterator[Session]:
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    from adamw_triton.step import batch
+    from adamw_triton.step import batch, clipping
+    from adamw_triton_kernels import norm_kernels
 
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled in this process")
     session = Session(capability, **settings)
-    before = adamw_triton_kernels.update_for, batch.update_for, launch._compiled
-    adamw_triton_kernels.update_for = batch.update_for = in_triton
-    launch._compiled = _compiled.setdefault(capability, {})
+    instead: list[tuple[Any, str, Any]] = [
+        *((module, "update_for", in_triton) for module in (adamw_triton_kernels, batch)),
+        *((module, "norms_for", lambda device: norm_kernels) for module in (batch, clipping)),
+        (launch, "_compiled", _compiled.setdefault(capability, {})),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in instead]
+    for module, name, value in instead:
+        setattr(module, name, value)
     try:
         with running(session):
             yield session
     finally:
-        adamw_triton_kernels.update_for, batch.update_for, launch._compiled = before
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 _compiled: dict[int, dict[Any, Any]] = {}

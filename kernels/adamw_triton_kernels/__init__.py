@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from adamw_triton_kernels import norms, reference
-from adamw_triton_kernels.work import MAX_CHUNKS, Arrays, Call, Hyper, Layout, Update, hyper_table
+from adamw_triton_kernels.work import MAX_CHUNKS, Arrays, Call, Hyper, Layout, Update, Verdict, hyper_table
 
 __all__ = [
     "MAX_CHUNKS",
@@ -25,6 +25,7 @@ __all__ = [
     "Hyper",
     "Layout",
     "Update",
+    "Verdict",
     "hyper_table",
     "norms_for",
     "update_for",

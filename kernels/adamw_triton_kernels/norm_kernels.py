@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from adamw_triton_kernels.launch import ALIGNMENT, TL_DTYPES, Build, call, chunk_table, load
+from adamw_triton_kernels import launch
+from adamw_triton_kernels.launch import ALIGNMENT, TL_DTYPES, Build, chunk_table
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
 from adamw_triton_kernels.work import Verdict
 
@@ -58,10 +59,10 @@ class Norms:
         if kinds != self._kinds:
             self._divide(kinds)
         for part in self._parts:
-            load(part.build, part.key, self._device)
+            launch.load(part.build, part.key, self._device)
             own = part.addresses.of(array("q", [addresses[i] for i in part.positions]), capturable=True)
             arguments = (own, part.numels, part.chunks, part.norms, part.chunk_size)
-            call(part.build, part.key, self._device, len(part.chunks), arguments)
+            launch.call(part.build, part.key, self._device, len(part.chunks), arguments)
         return self._norms
 
     def _divide(self, kinds: list[tuple[torch.dtype, bool]]) -> None:
@@ -101,12 +102,12 @@ def verdict(norms: torch.Tensor, given: Verdict) -> torch.Tensor:
     device = norms.device
     spec = verdict_build(given.max_norm is not None, given.skipped is not None, given.loss_scale is not None)
     key = ("verdict", *spec.constexprs.values())
-    load(spec, key, device)
+    launch.load(spec, key, device)
     outcome = torch.empty(2, dtype=torch.float32, device=device)
     scale = norms if given.loss_scale is None else given.loss_scale  # not read then
     skipped = outcome if given.skipped is None else given.skipped
     most = 0.0 if given.max_norm is None else given.max_norm
-    call(spec, key, device, 1, (norms, scale, outcome, skipped, len(norms), most))
+    launch.call(spec, key, device, 1, (norms, scale, outcome, skipped, len(norms), most))
     return outcome
 
 
