@@ -78,10 +78,11 @@ def test_nothing_wrong(kernel: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_removed_mask(kernel: str) -> None:
-    """Of each access alone. That of two stores is none: it has one of several threads store their number."""
+    """Of each access alone. That of two stores is none: it has one of several threads store their number. That
+    of a tail's first scales is always true."""
     findings = in_compiling_process(each_without, kernel, r"@%p\d+ ((?:ld|st)\.global)", r"\1")
     assert len(findings) > 10
-    assert findings.count("") <= (2 if kernel.startswith("8bit") else 0), findings
+    assert findings.count("") <= (4 if kernel.startswith("8bit") else 0), findings
     assert any("AccessError" in one and "outside" in one for one in findings)
 
 
@@ -168,17 +169,18 @@ def test_two_arguments_swapped(kernel: str) -> None:
         "8bit 128": {("exp_avg_codes", "kept")},
         "8bit 256": {("exp_avg_codes", "kept")},
     }
-    assert len(findings) == {"32bit": 45, "32bit amsgrad": 45}.get(kernel, 55)
+    assert len(findings) == {"32bit": 55, "32bit amsgrad": 55}.get(kernel, 66)
     assert {pair for pair, finding in findings.items() if not finding} == same[kernel]
 
 
 # --- In the tables -------------------------------------------------------------------------------------
 
 COLUMNS = {
-    "tensors": ("offset", "elements", "first", "row"),
+    "tensors": ("offset", "elements", "first", "row", "factor"),
     "chunks": ("tensor", "chunk"),
     "addresses": ("params", "grads"),
     "hyper": Hyper._fields,
+    "factors": ("factor",),
 }
 UNUSED = {"32bit": {"tensors: first", "hyper: phase"}, "8bit 128": set[str]()}
 """A 32-bit state has no dither."""
@@ -192,7 +194,7 @@ def with_a_changed_column(kernel: str, change: str) -> dict[str, str]:
     findings = {}
     for table, columns in COLUMNS.items():
         for number, column in enumerate(columns):
-            if change == "next" and table == "hyper":
+            if change == "next" and table in ("hyper", "factors"):
                 continue
 
             change_it = functools.partial(_changed, names=names, table=table, column=number, change=change)
@@ -205,7 +207,7 @@ def _changed(arguments: list[Any], names: list[str], table: str, column: int, ch
 
     at = names.index(table)
     new = arguments[at].clone()
-    place = new.view(2, -1)[column] if table == "addresses" else new[:, column]
+    place = new.view(2, -1)[column] if table == "addresses" else new.view(len(new), -1)[:, column]
     if table == "hyper":
         place.copy_((1.5 * hypers(7, eps=(0.1, 0.1)))[:, column])
     elif change == "stale":
@@ -215,7 +217,7 @@ def _changed(arguments: list[Any], names: list[str], table: str, column: int, ch
     return [*arguments[:at], new, *arguments[at + 1 :]]
 
 
-ONE = {"tensors": (256, 1, 1, 1), "chunks": (1, 1), "addresses": (2, 4)}
+ONE = {"tensors": (256, 1, 1, 1, 1), "chunks": (1, 1), "addresses": (2, 4)}
 """What one too far is: a block, a row, a bf16 parameter, an fp32 gradient."""
 
 
