@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,15 @@ def optimizer_cls_and_kwargs(
         "eps": args.adam_epsilon,
         "variant": variant,
     }
-    return AdamW, {**kwargs, **parse_optim_args(getattr(args, "optim_args", None)), **settings}
+    found = {**kwargs, **parse_optim_args(getattr(args, "optim_args", None)), **settings}
+    clipped = getattr(args, "max_grad_norm", None)
+    if found.get("max_grad_norm") is not None and clipped:
+        warnings.warn(
+            f"gradients are clipped twice: by the Trainer to max_grad_norm={clipped} and then by the optimizer "
+            f"to {found['max_grad_norm']}, which sees only what is left; set TrainingArguments(max_grad_norm=0)",
+            stacklevel=2,
+        )
+    return AdamW, found
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ class ReportCallback(TrainerCallback):
     """Prints the plan once it is made, and logs where the optimizer's state is, beside each training loss.
 
     Every ``logging_steps`` steps the log gains ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and
-    ``optimizer_bytes/staging``. One of ``Trainer(callbacks=[...])`` is called after those of W&B,
-    TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then, these
+    ``optimizer_bytes/staging``. Where the optimizer clips or looks for NaN, ``grad_norm`` is the norm that it
+    found, and ``skipped_steps`` what it skipped. One of ``Trainer(callbacks=[...])`` is called after those of
+    W&B, TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then, these
     do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
 
     Other optimizers than ours are left alone.
@@ -45,7 +46,11 @@ class ReportCallback(TrainerCallback):
         if not isinstance(ours, AdamW) or "loss" not in (logs or {}):
             return
         memory = ours.memory()
-        found = {f"optimizer_bytes/{place}": memory[place] for place in ("gpu", "host", "staging")}
+        found: dict[str, float] = {
+            f"optimizer_bytes/{place}": memory[place] for place in ("gpu", "host", "staging")
+        }
+        if ours.grad_norm is not None:
+            found |= {"grad_norm": float(ours.grad_norm), "skipped_steps": ours.skipped_steps}
         logs.update(found)
         if state.log_history:  # the Trainer has copied the logs there already
             state.log_history[-1].update(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,8 @@ from adamw_triton.trainer_arguments import allowed_keys, optimizer_cls_and_kwarg
         ("memory_budget=None,amsgrad=True", {"memory_budget": None, "amsgrad": True}),
         ("amsgrad=false", {"amsgrad": False}),
         ("transfer=zero_copy,", {"transfer": "zero_copy"}),
+        ("max_grad_norm=1, nonfinite=skip", {"max_grad_norm": 1.0, "nonfinite": "skip"}),
+        ("max_grad_norm=none", {"max_grad_norm": None}),
         ({"block_size": 256, "memory_budget": None}, {"block_size": 256, "memory_budget": None}),
     ],
 )
@@ -54,6 +57,18 @@ def test_values_get_their_types(text: Any, expected: dict[str, Any]) -> None:
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"optim_args: {message}"):
         parse_optim_args(text)
+
+
+@pytest.mark.parametrize(("trainer", "warnings"), [(1.0, 1), (0.0, 0), (None, 0)])
+def test_clipped_in_both_places(trainer: float | None, warnings: int) -> None:
+    numbers = {"learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    args = SimpleNamespace(
+        **numbers, optim="adamw_triton", optim_args="max_grad_norm=0.5", max_grad_norm=trainer
+    )
+    with pytest.warns(UserWarning, match="clipped twice") if warnings else nullcontext([]) as seen:
+        _, kwargs = optimizer_cls_and_kwargs(args)
+    assert kwargs["max_grad_norm"] == 0.5
+    assert len(seen) == warnings
 
 
 @given(st.text(max_size=40))

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import torch
 from transformers import TrainerCallback
 
 import adamw_triton
@@ -39,6 +40,32 @@ def test_memory_by_place_is_in_every_log(tmp_path: Path) -> None:
         assert entry["optimizer_bytes/host"] == memory["host"]
         assert entry["optimizer_bytes/gpu"] == memory["gpu"]
     assert at_steps[-1]["optimizer_bytes/staging"] == memory["staging"]
+
+
+def test_the_norm_that_was_clipped(tmp_path: Path) -> None:
+    """And what was skipped, in place of the Trainer's own number."""
+    args = arguments(
+        tmp_path, "adamw_triton_8bit", logging_steps=1, optim_args="max_grad_norm=1e-3,nonfinite=skip",
+        max_grad_norm=0,
+    )  # fmt: skip
+    trained = trainer(args, llama(), callbacks=[ReportCallback()])
+    norms = []
+    step = adamw_triton.AdamW.step
+
+    def noted(self: adamw_triton.AdamW, *rest: Any) -> Any:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if len(norms) == 2:
+            params[0].grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))))  # type: ignore[union-attr]
+        return step(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adamw_triton.AdamW, "step", noted)
+        trained.train()
+    entries = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert len(entries) == len(norms) == 6
+    assert [entry["grad_norm"] for entry in entries] == pytest.approx(norms, rel=1e-5, nan_ok=True)
+    assert [entry["skipped_steps"] for entry in entries] == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("attached", [True, False])

@@ -78,8 +78,8 @@ def test_nothing_wrong(kernel: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_removed_mask(kernel: str) -> None:
-    """Of each access alone. That of two stores is none: it has one of several threads store their number. That
-    of a tail's first scales is always true."""
+    """Of each access alone. That of two stores is none: it has one of several threads store their number.
+    That of a tail's first scales is always true."""
     findings = in_compiling_process(each_without, kernel, r"@%p\d+ ((?:ld|st)\.global)", r"\1")
     assert len(findings) > 10
     assert findings.count("") <= (4 if kernel.startswith("8bit") else 0), findings
