@@ -68,8 +68,8 @@ def optimizer_cls_and_kwargs(
     clipped = getattr(args, "max_grad_norm", None)
     if found.get("max_grad_norm") is not None and clipped:
         warnings.warn(
-            f"gradients are clipped twice: by the Trainer to max_grad_norm={clipped} and then by the optimizer "
-            f"to {found['max_grad_norm']}, which sees only what is left; set TrainingArguments(max_grad_norm=0)",
+            f"gradients are clipped twice: by the Trainer to max_grad_norm={clipped}, and what is left "
+            f"by the optimizer to {found['max_grad_norm']}; set TrainingArguments(max_grad_norm=0)",
             stacklevel=2,
         )
     return AdamW, found

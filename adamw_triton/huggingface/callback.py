@@ -16,8 +16,8 @@ class ReportCallback(TrainerCallback):
     Every ``logging_steps`` steps the log gains ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and
     ``optimizer_bytes/staging``. Where the optimizer clips or looks for NaN, ``grad_norm`` is the norm that it
     found, and ``skipped_steps`` what it skipped. One of ``Trainer(callbacks=[...])`` is called after those of
-    W&B, TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then, these
-    do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
+    W&B, TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then,
+    these do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
 
     Other optimizers than ours are left alone.
     """
