@@ -39,7 +39,7 @@ BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 _OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "nonfinite",
+    "max_grad_norm", "adaptive_clip", "nonfinite",
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
@@ -92,14 +92,22 @@ def check_weights(variant: str, master_weights: object, stochastic_rounding: obj
     return (*exact, "nearest" if stochastic_rounding is False else "stochastic")
 
 
-def check_clipping(max_grad_norm: object, nonfinite: object) -> None:
-    is_number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-    if max_grad_norm is not None and not (is_number and max_grad_norm > 0):  # type: ignore[operator]
+def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object) -> None:
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number > 0, or None: no clipping"
         )
+    if adaptive_clip is not None and not (_is_number(adaptive_clip) and 1 <= adaptive_clip < math.inf):
+        raise ValueError(
+            f"Invalid adaptive_clip: {adaptive_clip!r}; it must be a finite number >= 1 (below, each step "
+            "would shrink the average it is measured by), or None: no clipping"
+        )
     if nonfinite not in NONFINITE:
         raise ValueError(f"Invalid nonfinite: {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:

@@ -30,7 +30,7 @@ from adamw_triton.places.reservations import Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
-from adamw_triton.state.buffers import begin_anew
+from adamw_triton.state.buffers import Scalars, begin_anew
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
@@ -84,6 +84,11 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_`` would before
             the step, in fp32 and without waiting for the GPU. The gradients themselves stay as they were;
             ``inf`` clips nothing, and ``grad_norm`` can be read.
+        adaptive_clip: hold each parameter's gradient to this factor (1.05 in the paper) times the running
+            average of its norm, which is state (AdaGC, arXiv:2502.11034): a spike in one tensor leaves the
+            others alone. In its first 100 steps a parameter learns its average, the smallest norm so far, and
+            is not held; the paper clips by a global norm of 1 then, as ``max_grad_norm=1.0`` does beside it.
+            Of both limits the lower one holds. Gradients of norm 0 teach nothing.
         nonfinite: what becomes of a step with NaN or Inf among its gradients. ``"propagate"``: they go into
             weights and state. ``"skip"``: nothing changes, no weight, state or step count, and
             ``skipped_steps`` counts; step counts are on the GPU then. ``"raise"``: an error names tensors
@@ -103,6 +108,7 @@ class AdamW(torch.optim.Optimizer):
 
     # Of one that was pickled before there were these.
     max_grad_norm: float | None = None
+    adaptive_clip: float | None = None
     nonfinite: str = PROPAGATE
     _places: Reservations
     _whole: WholeSteps
@@ -126,6 +132,7 @@ class AdamW(torch.optim.Optimizer):
         master_weights: bool | str = "auto",
         stochastic_rounding: bool | str = "auto",
         max_grad_norm: float | None = None,
+        adaptive_clip: float | None = None,
         nonfinite: str = "propagate",
         fused: bool | None = None,
         foreach: bool | None = None,
@@ -135,7 +142,7 @@ class AdamW(torch.optim.Optimizer):
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
         weights = check_weights(variant, master_weights, stochastic_rounding)
-        check_clipping(max_grad_norm, nonfinite)
+        check_clipping(max_grad_norm, adaptive_clip, nonfinite)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights)
         self.variant = variant
         self.memory_budget = memory_budget
@@ -145,6 +152,7 @@ class AdamW(torch.optim.Optimizer):
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.max_grad_norm = max_grad_norm
+        self.adaptive_clip = adaptive_clip
         self.nonfinite = nonfinite
         self._reset()
         defaults = {
@@ -181,8 +189,9 @@ class AdamW(torch.optim.Optimizer):
         return self._clipping.skipped
 
     @property
-    def _steps_on_device(self) -> bool:
-        return self.capturable or self.nonfinite == SKIPPED
+    def _scalars(self) -> Scalars:
+        adapts = self.adaptive_clip is not None
+        return Scalars(self.capturable or self.nonfinite == SKIPPED or adapts, norms=adapts)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; also between steps."""
@@ -237,7 +246,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self) -> None:
         for group in self.param_groups:
-            check_group(group, VARIANTS[self.variant].bits, self._steps_on_device)
+            check_group(group, VARIANTS[self.variant].bits, self._scalars.on_device)
         stepped = Stepped.of(self.param_groups)
         batch = self._places.batch_of(stepped, self.state)
         if batch is None:
@@ -416,7 +425,8 @@ class AdamW(torch.optim.Optimizer):
         self._store.renew(self.state)
         kept = (
             "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
-            "stochastic_rounding", "max_grad_norm", "nonfinite", "_chooser",
+            "stochastic_rounding", "max_grad_norm", "adaptive_clip", "nonfinite",
+            "_chooser",
         )  # fmt: skip
         state = checkpoint.cut(self.state, self._store.slots)
         return {**super().__getstate__(), "state": state, **{name: getattr(self, name) for name in kept}}
@@ -425,9 +435,9 @@ class AdamW(torch.optim.Optimizer):
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
         policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
         self._places = Reservations(
-            self._chooser, policy, self.transfer, self.block_size, steps_on_device=self._steps_on_device
+            self._chooser, policy, self.transfer, self.block_size, scalars=self._scalars
         )
-        self._clipping = Clipping(self.max_grad_norm, self.nonfinite)
+        self._clipping = Clipping(self.max_grad_norm, self.adaptive_clip, self.nonfinite)
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
 

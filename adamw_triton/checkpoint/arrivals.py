@@ -35,12 +35,14 @@ class Arrival:
     """Flat, as the slot's ranges are."""
     inexact: bool
     """Whether the weight was kept exactly, and is no longer."""
+    norm: float
 
     def commit(self) -> None:
         for name, target in self.slot.flat().items():
             if not _same(target, self.parts[name]):
                 target.copy_(self.parts[name])
         self.slot.buffer.steps[self.slot.index] = self.step
+        self.slot.buffer.norms[self.slot.index] = self.norm
         self.slot.lay_out(self.strides)
         self.slot.version = None
 
@@ -80,7 +82,7 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
             for name, part in parts.items()
         }
     inexact = any(part.any() for part in saved.kept.values()) and slot.format.weights not in saved.kept
-    return Arrival(slot, saved.step, strides, parts, inexact)
+    return Arrival(slot, saved.step, strides, parts, inexact, saved.norm)
 
 
 def _kept(saved: Saved, slot: Slot, own: Mapping[str, Tensor], *, in_order: bool) -> dict[str, Tensor]:

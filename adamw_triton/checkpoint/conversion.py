@@ -100,8 +100,7 @@ def _converted(state_dict: Mapping[str, Any], form: Form, scratch: Scratch, trac
         elif has_state(entry):
             saved = read(entry, names[key])
             check_values(saved, names[key])
-            step = torch.tensor(saved.step, dtype=torch.float32, device="cpu")
-            state[key] = {"step": step, **_tensors(saved, form, scratch), **others_of(entry)}
+            state[key] = {**saved.scalars, **_tensors(saved, form, scratch), **others_of(entry)}
         elif entry:
             check_others(entry, names[key])
             state[key] = dict(entry)

@@ -7,6 +7,7 @@ moments in the parameter's shape. Under any other key it is somebody else's, a w
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from adamw_triton.checkpoint.dialects import DIALECTS, NOT_OURS, OTHERS, Dialect, Part
+from adamw_triton.state.buffers import NORM
 from adamw_triton.state.formats import KEPT, Format, Moments, as_real, is_dense
 
 Entry = Mapping[Any, Any]
 
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"  # from 0.50 on, for FSDP
 _TORCHAO_PARTS = ("codes", "scale", "qmap")
-_NAMES = frozenset({"step", _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
+_NAMES = frozenset({"step", NORM, _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
     *({*dialect.parts, *dialect.ignored} for dialect in DIALECTS)
 )
 
@@ -36,6 +38,14 @@ class Saved(NamedTuple):
     step: float
     parts: dict[str, Tensor]
     block: int
+    norm: float = math.inf
+    """Running average of the gradient's; infinite without."""
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """As an entry has them."""
+        found = {"step": self.step} | ({} if self.norm == math.inf else {NORM: self.norm})
+        return {name: torch.tensor(x, dtype=torch.float32, device="cpu") for name, x in found.items()}
 
     @property
     def elements(self) -> Tensor:
@@ -91,7 +101,7 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of {name} is a {type(entry).__name__}, not a dict")
     parts = _flatten(entry)
-    keys = set(parts) - {"step"}
+    keys = set(parts) - {"step", NORM}
     dialect = next((dialect for dialect in DIALECTS if dialect.knows(keys)), None)
     if dialect is None or "step" not in parts:
         raise ValueError(_not_known({**others_of(entry), **parts}, name))
@@ -102,7 +112,7 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
     for key, part in dialect.parts.items():
         if part.kind == "scales":
             plain[key] = plain[key].to(part.dtypes[0])
-    saved = Saved(dialect, step, plain, 0)
+    saved = Saved(dialect, step, plain, 0, _norm(parts.get(NORM, math.inf), name))
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))
 
 
@@ -179,7 +189,7 @@ def _flatten(entry: Entry) -> dict[str, Any]:
 
 
 def _not_known(parts: Entry, name: str) -> str:
-    keys = set(map(str, parts)) - {"step"}
+    keys = set(map(str, parts)) - {"step", NORM}
     what = f"state of {name} has entries {sorted(map(str, parts))}"
     for present, absent, whose in OTHERS:
         if present in keys and absent not in keys:
@@ -203,14 +213,26 @@ def _known() -> str:
 
 
 def _step(value: Any, name: str) -> float:
-    count: Any = value
-    if isinstance(value, Tensor):
-        value = _plain("step", value, None, name)
-        count = value.item() if value.numel() == 1 else None
-    is_number = isinstance(count, numbers.Real) and not isinstance(count, bool)
-    if not is_number or not 0 <= count <= MOST_STEPS or count != int(count):
+    count = _number("step", value, name)
+    if count is None or not 0 <= count <= MOST_STEPS or count != int(count):
         raise ValueError(f"state of {name}: step is {value!r}, expected a count of steps up to 2**31")
-    return float(count)
+    return count
+
+
+def _norm(value: Any, name: str) -> float:
+    norm = _number(NORM, value, name)
+    if norm is None or not norm > 0:
+        raise ValueError(f"state of {name}: {NORM} is {value!r}, expected a number > 0")
+    return norm
+
+
+def _number(key: str, value: Any, name: str) -> float | None:
+    """None if it is none."""
+    if isinstance(value, Tensor):
+        value = _plain(key, value, None, name)
+        value = value.item() if value.numel() == 1 else None
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_number else None
 
 
 def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: str) -> Tensor:

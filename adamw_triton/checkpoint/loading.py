@@ -97,7 +97,7 @@ def _checked(entry: Any, param: Tensor, name: str) -> Entry:
     if has_state(entry):
         saved = read(entry, name, None if is_lazy(param) else as_real(param).shape)
         check_values(saved, name)
-        checked = {"step": torch.tensor(saved.step, dtype=torch.float32, device="cpu"), **saved.parts}
+        checked = {**saved.scalars, **saved.parts}
     else:
         check_others(entry, name)
     for key, value in others_of(entry).items():

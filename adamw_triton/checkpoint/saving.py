@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from adamw_triton.arguments import named
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
-from adamw_triton.state.buffers import Slot, StateBuffer
+from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
 
 VERSION_KEY = "adamw_triton_version"
@@ -110,7 +110,10 @@ def views_of(slots: Iterable[Slot]) -> dict[int, dict[str, Any]]:
             for array in buffer.format.arrays
         }
         for slot in run:
-            views[id(slot.param)] = {"step": slot.entry["step"], **slot.shaped(slot.flat(arrays, begin))}
+            views[id(slot.param)] = {
+                **{name: slot.entry[name] for name in slot.scalars()},
+                **slot.shaped(slot.flat(arrays, begin)),
+            }
     return views
 
 
@@ -151,4 +154,4 @@ def _portable(entry: Entry, param: Tensor, name: str) -> dict[str, Any]:
         moments = {key: moment.cpu() for key, moment in moments.items()}
     if param.is_complex():
         moments = {key: torch.view_as_complex(moment) for key, moment in moments.items()}
-    return {"step": entry["step"], **moments, **saved.kept}
+    return {**{name: entry[name] for name in ("step", NORM) if name in entry}, **moments, **saved.kept}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.memory.host import require_host
-from adamw_triton.state.buffers import Slot, make_slots
+from adamw_triton.state.buffers import STEPS, Scalars, Slot, make_slots
 from adamw_triton.state.formats import Format, as_real, nbytes
 from adamw_triton.state.placement import Policy, place
 
@@ -32,7 +32,7 @@ def make_places(
     policy: Policy,
     limits: Mapping[torch.device, int],
     *,
-    steps_on_device: bool = False,
+    scalars: Scalars = STEPS,
 ) -> tuple[dict[int, Slot], dict[torch.device, int]]:
     """Slots in new buffers, by id of their parameter, where ``slots`` has none or none that will do; and the
     bytes of each device's pages. What has its place keeps it: nothing else would have to be there twice.
@@ -77,7 +77,7 @@ def make_places(
         id(slot.param): slot
         for (device, state_format, is_paged), members in homeless.items()
         for some in _grains(members, state_format, policy.grain)
-        for slot in make_slots(state_format, some, device, paged=is_paged, steps_on_device=steps_on_device)
+        for slot in make_slots(state_format, some, device, paged=is_paged, scalars=scalars)
     }
     return made, page_bytes
 

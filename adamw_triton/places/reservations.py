@@ -16,7 +16,7 @@ from adamw_triton.places.shown import park
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
-from adamw_triton.state.buffers import State
+from adamw_triton.state.buffers import STEPS, Scalars, State
 from adamw_triton.state.formats import KEPT, as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.step.batch import Batch, Item
@@ -46,11 +46,11 @@ class Reservations:
         transfer: str,
         block_size: int,
         *,
-        steps_on_device: bool = False,
+        scalars: Scalars = STEPS,
     ) -> None:
         self._chooser = chooser
         self._block_size = block_size
-        self.store = Store(policy, transfer, steps_on_device=steps_on_device)
+        self.store = Store(policy, transfer, scalars=scalars)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: list[_Kept] = []

@@ -19,7 +19,7 @@ from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
-from adamw_triton.state.buffers import Slot, State, StateBuffer, begin_anew, make_slots
+from adamw_triton.state.buffers import STEPS, Scalars, Slot, State, StateBuffer, begin_anew, make_slots
 from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
@@ -35,12 +35,11 @@ _log = logging.getLogger("adamw_triton")
 
 
 class Store:
-    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``; ``steps_on_device``: keep step
-    counts there."""
+    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``."""
 
-    def __init__(self, policy: Policy, transfer: str, *, steps_on_device: bool = False) -> None:
+    def __init__(self, policy: Policy, transfer: str, *, scalars: Scalars = STEPS) -> None:
         self.policy = policy
-        self._steps_on_device = steps_on_device
+        self._scalars = scalars
         self._transfer = transfer
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
@@ -106,7 +105,7 @@ class Store:
         with self._still(state):
             self.renew(state)
             made, page_bytes = make_places(
-                wanted, self.slots, self.policy, self._limits, steps_on_device=self._steps_on_device
+                wanted, self.slots, self.policy, self._limits, scalars=self._scalars
             )
             slots = {id(param): made.get(id(param)) or self.slots[id(param)] for param, *_ in wanted}
             taken = [array for buffer in self.buffers for array in buffer.arrays.values()]
@@ -142,7 +141,8 @@ class Store:
         has a place yet."""
         for param, name, state_format, _ in wanted:
             if not checkpoint.has_state(state.get(param, {})):
-                show(make_slots(state_format, [(param, name)], torch.device("cpu")), state)
+                slots = make_slots(state_format, [(param, name)], torch.device("cpu"), scalars=self._scalars)
+                show(slots, state)
 
     def attach(self, slots: Sequence[Slot], state: State) -> None:
         """Show in ``state`` the slots that are about to have their first update."""

@@ -7,6 +7,7 @@ parameter owns an aligned range.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +24,23 @@ _log = logging.getLogger("adamw_triton")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 """What users see as ``optimizer.state``: views of our buffers, unless somebody put in something else."""
+
+
+NORM = "exp_avg_norm"
+"""In ``optimizer.state``: the running average of the norm of a parameter's gradient, infinite before there is
+one."""
+
+
+class Scalars(NamedTuple):
+    """What is kept of a parameter as one number: its step count, and perhaps more."""
+
+    on_device: bool = False
+    """Else on the CPU, as torch.optim.AdamW keeps step counts by default."""
+    norms: bool = False
+    """Also ``NORM``."""
+
+
+STEPS = Scalars()
 
 
 @dataclass(eq=False)
@@ -96,6 +114,7 @@ class Slot:
     def clear(self) -> None:
         """Back to before the first update."""
         self.buffer.steps[self.index] = 0
+        self.buffer.norms[self.index] = math.inf
         for array in self.flat().values():
             array.zero_()
         self.entry, self.version = {}, None
@@ -126,10 +145,15 @@ class Slot:
             views[array.name] = view
         return views
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Views of no dimension."""
+        norm = {NORM: self.buffer.norms[self.index]} if self.buffer.scalars.norms else {}
+        return {"step": self.buffer.steps[self.index], **norm}
+
     def attach(self) -> dict[str, Any]:
         """Make ``entry``: the shaped ranges and the step count. What is returned is a copy: others may
         change theirs, and ours says what it was."""
-        self.entry = {"step": self.buffer.steps[self.index], **self.shaped(self.flat())}
+        self.entry = {**self.scalars(), **self.shaped(self.flat())}
         return dict(self.entry)
 
 
@@ -150,9 +174,6 @@ def _version(param: Tensor) -> int | None:
 class StateBuffer:
     """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
     parameters. A paged one lives in pinned host memory; one that is not may wait there.
-
-    Args:
-        steps_on_device: keep the step counts there; else on the CPU, as torch.optim.AdamW does by default.
     """
 
     @lasting()
@@ -164,7 +185,7 @@ class StateBuffer:
         slots: int,
         *,
         paged: bool = False,
-        steps_on_device: bool = False,
+        scalars: Scalars = STEPS,
     ) -> None:
         self.format = state_format
         self.device = device
@@ -172,9 +193,11 @@ class StateBuffer:
         self.paged = paged
         self.on_host = paged
         self.arrays = self._allocate()
-        self.steps_on_device = steps_on_device
+        self.scalars = scalars
         # One array, so that counting is one operation.
-        self.steps = torch.zeros(slots, dtype=torch.float32, device=device if steps_on_device else "cpu")
+        where = device if scalars.on_device else torch.device("cpu")
+        self.steps = torch.zeros(slots, dtype=torch.float32, device=where)
+        self.norms = torch.full((slots,), math.inf, dtype=torch.float32, device=where)
 
     @property
     def nbytes(self) -> int:
@@ -236,16 +259,14 @@ def make_slots(
     device: torch.device,
     *,
     paged: bool = False,
-    steps_on_device: bool = False,
+    scalars: Scalars = STEPS,
 ) -> list[Slot]:
     """A new buffer for these parameters, each with what messages call it; their places in it."""
     reals = [as_real(param) for param, _ in params]
     starts = [0]
     for real in reals:
         starts.append(starts[-1] + round_up(real.numel(), state_format.alignment))
-    buffer = StateBuffer(
-        state_format, device, starts.pop(), len(reals), paged=paged, steps_on_device=steps_on_device
-    )
+    buffer = StateBuffer(state_format, device, starts.pop(), len(reals), paged=paged, scalars=scalars)
     slots = []
     for index, ((param, name), real, start) in enumerate(zip(params, reals, starts, strict=True)):
         dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
-from adamw_triton.step.clipping import Judged
+from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
-from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, norms_for, update_for
+from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, stream_of
 from adamw_triton_kernels.work import REMAINDER, in_turn
 
@@ -98,6 +98,8 @@ class Launch:
     max_chunks: int
     like: Arrays
     """The page's arrays, without their memory."""
+    factors: tuple[int, ...]
+    """Which of the device's factors each piece takes; empty if there is but one."""
     layout: Layout | None = None
 
     def prepare(
@@ -118,6 +120,7 @@ class Launch:
             offsets=tuple(piece.offset for piece in self.pieces),
             firsts=tuple(piece.first for piece in self.pieces),
             rows=rows,
+            factors=self.factors,
             max_chunks=self.max_chunks,
         )
 
@@ -143,11 +146,11 @@ class Batch:
             for buffer, positions in of_buffer.items()
         ]
         self._exact = [slot for slot in self.slots if slot.format.weights == REMAINDER]
-        self._norms: dict[torch.device, tuple[list[int], Any]] = {}
+        self._gradients = Gradients(self.slots)
         self._launches: list[tuple[Page, list[Launch]]] = []
         for buffer, positions in of_buffer.items():
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
-                self._launches.append((page, _launches(page, pieces, items)))
+                self._launches.append((page, _launches(page, pieces, items, self._gradients.places)))
 
     def items(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Item]:
         """Of a step on the same parameters."""
@@ -171,16 +174,9 @@ class Batch:
         all else is done, and keeps what it reads: there any batch will do."""
         return capturing() or all(stream_of(device) == stream for device, stream in self._streams.items())
 
-    def norms(self, items: Sequence[Item]) -> dict[torch.device, Tensor]:
-        """Of the gradients on each device, or of parts of them; the items are in order."""
-        if not self._norms:
-            for device in self._streams:
-                mine = [i for i, slot in enumerate(self.slots) if slot.buffer.device == device]
-                numels = [self.slots[i].numel for i in mine]
-                self._norms[device] = mine, norms_for(device).Norms(numels, device)
-        return {
-            device: norms.of([items[i].grad for i in mine]) for device, (mine, norms) in self._norms.items()
-        }
+    def norms(self, items: Sequence[Item]) -> GradientNorms:
+        """Of the gradients; the items are in order."""
+        return self._gradients.norms([item.grad for item in items])
 
     def prepare(self, items: Sequence[Item], settings: Settings, judged: Judged | None = None) -> Work:
         """All that can fail; the items are in order."""
@@ -206,6 +202,8 @@ class Batch:
         """One step more for every parameter, if it is none that is skipped."""
         for buffer, ones in self._counts:
             buffer.steps += ones if judged is None else judged.counted(ones)
+        if judged is not None:
+            self._gradients.keep(judged)
 
 
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
@@ -232,14 +230,16 @@ def _cut(
         yield Page(buffer, start, min(start + size, buffer.numel)), pieces
 
 
-def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> list[Launch]:
-    """One for each pair of dtypes."""
+def _launches(
+    page: Page, pieces: Sequence[Piece], items: Sequence[Item], places: Sequence[int]
+) -> list[Launch]:
+    """One for each pair of dtypes. ``places``: of each gradient among those of its device."""
     buffer = page.buffer
     of_pair: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
     for piece in pieces:
         item = items[piece.position]
         of_pair[item.param.dtype, item.grad.dtype].append(piece)
-    numbers = OnDevice if buffer.steps_on_device else OnHost
+    numbers = OnDevice if buffer.scalars.on_device else OnHost
     like = page.like()
     return [
         Launch(
@@ -253,6 +253,7 @@ def _launches(page: Page, pieces: Sequence[Piece], items: Sequence[Item]) -> lis
             ),
             PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
             like,
+            tuple(places[piece.position] for piece in members) if buffer.scalars.norms else (),
         )
         for members in of_pair.values()
     ]

@@ -3,6 +3,8 @@ stay on the device; the host waits for none, unless it is to refuse."""
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +13,18 @@ from torch import Tensor
 
 from adamw_triton.arguments import NONFINITE
 from adamw_triton.memory.lasting import lasting
+from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton_kernels import Verdict, norms_for
 from adamw_triton_kernels.tables import capturing
-from adamw_triton_kernels.work import SKIP
+from adamw_triton_kernels.work import SKIP, Adapting
 
 PROPAGATE, SKIPPED, RAISED = NONFINITE
 NAMED = 3
 """Tensors that an error names."""
+
+
+GradientNorms = Mapping[torch.device, tuple[Any, Tensor]]
+"""By device, what works out the norms of the gradients there, and what it found: of these, or of parts."""
 
 
 class Judged(NamedTuple):
@@ -25,27 +32,78 @@ class Judged(NamedTuple):
 
     outcomes: Mapping[torch.device, Tensor]
     """fp32 [2] on each: the factor of all gradients, and their norm."""
+    own: Mapping[torch.device, tuple[Tensor, Tensor]]
+    """fp32 [gradients] on each: the factor of each, and its norm's average after this step. Empty: all have
+    one factor."""
     skips: bool
     """Whether the factor may be ``SKIP``."""
     known_skipped: Callable[[], bool]
     """Whether the host knows by now that it is."""
 
     def factors(self, device: torch.device) -> Tensor:
-        return self.outcomes[device][:1]
+        return self.own[device][0] if self.own else self.outcomes[device][:1]
 
     def counted(self, ones: Tensor) -> Tensor:
         """What a step count rises by: ``ones``, or nothing."""
-        return ones * (self.factors(ones.device) != SKIP) if self.skips else ones
+        return ones * (self.outcomes[ones.device][0] != SKIP) if self.skips else ones
+
+
+class Gradients:
+    """Those of one batch, whose parameters have these slots, as their norms are worked out."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._of_device: dict[torch.device, list[int]] = defaultdict(list)
+        self.places: list[int] = []
+        """Of each gradient among those of its device."""
+        for position, slot in enumerate(slots):
+            mine = self._of_device[slot.buffer.device]
+            self.places.append(len(mine))
+            mine.append(position)
+        self._norms: dict[torch.device, Any] = {}
+
+    def norms(self, grads: Sequence[Tensor]) -> GradientNorms:
+        if not self._norms:
+            self._norms = {device: self._of(device, mine) for device, mine in self._of_device.items()}
+        return {
+            device: (norms, norms.of([grads[i] for i in self._of_device[device]]))
+            for device, norms in self._norms.items()
+        }
+
+    def _of(self, device: torch.device, mine: Sequence[int]) -> Any:
+        slots = [self._slots[i] for i in mine]
+        adapts = [tuple(slot.scalars().values()) for slot in slots if slot.buffer.scalars.norms]
+        return norms_for(device).Norms([slot.numel for slot in slots], device, adapts)
+
+    @functools.cached_property
+    def _averaged(self) -> list[tuple[StateBuffer, Tensor, Tensor]]:
+        """Of each buffer the slots here, and their gradients' places."""
+        of_buffer: dict[StateBuffer, list[tuple[int, int]]] = defaultdict(list)
+        for slot, place in zip(self._slots, self.places, strict=True):
+            of_buffer[slot.buffer].append((slot.index, place))
+        found = []
+        for buffer, pairs in of_buffer.items():
+            slots, places = torch.tensor(pairs, device="cpu").to(buffer.device).unbind(1)
+            found.append((buffer, slots, places))
+        return found
+
+    def keep(self, judged: Judged) -> None:
+        """The new averages."""
+        if judged.own:
+            for buffer, slots, places in self._averaged:
+                buffer.norms[slots] = judged.own[buffer.device][1][places]
 
 
 class Clipping:
     """Args:
     max_norm: of all gradients; None: they are not clipped.
+    factor: of each gradient, times the average of its norm; None: they are not clipped.
     nonfinite: one of ``arguments.NONFINITE``.
     """
 
-    def __init__(self, max_norm: float | None, nonfinite: str) -> None:
+    def __init__(self, max_norm: float | None, factor: float | None, nonfinite: str) -> None:
         self._max_norm = max_norm
+        self._factor = factor
         self._nonfinite = nonfinite
         self._skipped: dict[torch.device, Tensor] = {}
         self.norm: Tensor | None = None
@@ -53,7 +111,12 @@ class Clipping:
 
     @property
     def active(self) -> bool:
-        return self._max_norm is not None or self._nonfinite != PROPAGATE
+        return self.adapts or self._max_norm is not None or self._nonfinite != PROPAGATE
+
+    @property
+    def adapts(self) -> bool:
+        """Whether each gradient has a factor of its own."""
+        return self._factor is not None
 
     @property
     def skipped(self) -> int:
@@ -62,13 +125,13 @@ class Clipping:
 
     def judge(
         self,
-        norms: Mapping[torch.device, Tensor],
+        norms: GradientNorms,
         loss_scale: float | Tensor | None,
         faults: Callable[[], Sequence[str]],
     ) -> Judged:
         """
         Args:
-            norms: of the gradients of each device, or of parts of them.
+            norms: by device.
             faults: what is wrong with which gradient.
 
         Raises:
@@ -76,21 +139,25 @@ class Clipping:
         """
         if not norms:
             self.norm = torch.zeros(())
-            return Judged({}, False, _never)
-        outcomes = {}
-        for device in norms:
-            here = [each.to(device, non_blocking=True) for each in norms.values()]
-            given = Verdict(self._max_norm, _scale(loss_scale, device), self._counter(device))
-            outcomes[device] = norms_for(device).verdict(torch.cat(here) if len(here) > 1 else here[0], given)
+            return Judged({}, {}, False, _never)
+        outcomes, own = {}, {}
+        for device, (mine, found) in norms.items():
+            here = [each.to(device, non_blocking=True) for _, each in norms.values()]
+            scale = _scale(loss_scale, device)
+            given = Verdict(self._max_norm, scale, self._counter(device))
+            outcome = norms_for(device).verdict(torch.cat(here) if len(here) > 1 else here[0], given)
+            outcomes[device] = outcome
+            if self._factor is not None:
+                own[device] = mine.adapt(found, outcome, Adapting(self._factor, scale))
         first = next(iter(outcomes.values()))
         self.norm = first[1]
         if self._nonfinite == RAISED and not self.norm.isfinite():  # the host waits
-            found = faults()
-            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-            what = "; ".join(found[:NAMED]) or f"all are finite, but their norm is {float(self.norm)}"
+            wrong = faults()
+            more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+            what = "; ".join(wrong[:NAMED]) or f"all are finite, but their norm is {float(self.norm)}"
             raise RuntimeError(f"gradients are not finite, and nothing has been stepped: {what}{more}")
         skips = self._nonfinite == SKIPPED
-        return Judged(outcomes, skips, _arrival(first) if skips else _never)
+        return Judged(outcomes, own, skips, _arrival(first) if skips else _never)
 
     @lasting()
     def _counter(self, device: torch.device) -> Tensor | None:

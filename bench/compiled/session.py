@@ -30,7 +30,7 @@ from bench.ptx.memory import GlobalMemory, Range, SharedMemory
 from bench.ptx.parser import parse
 from bench.ptx.program import PtxError
 
-TABLES = ("addresses", "tensors", "numels", "chunks", "hyper", "factors", "loss_scale")
+TABLES = ("addresses", "tensors", "numels", "chunks", "hyper", "factors", "loss_scale", "scalars", "ranges")
 """What the launcher makes for a launch; every other pointer is an array of the state."""
 
 
@@ -150,7 +150,14 @@ def reachable(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
 
 def _of_norms(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
     """Of what works out the norm of gradients: these, and its own numbers."""
-    ranges = [whole(given[name], name) for name in ("norms", "outcome", "skipped") if name in given]
+    ranges = [
+        whole(given[name], name)
+        for name in ("norms", "outcome", "skipped", "own", "averages")
+        if name in given
+    ]
+    if "scalars" in given:
+        places = given["scalars"].flatten().tolist()
+        ranges += [Range(address, 4, f"scalar {i}", writable=False) for i, address in enumerate(places)]
     if "addresses" in given:
         size = constants["GRAD"].primitive_bitwidth // 8
         grads = zip(given["addresses"].tolist(), given["numels"].tolist(), strict=True)
@@ -204,7 +211,7 @@ def compiled(capability: int, **settings: Any) -> Iterator[Session]:
     session = Session(capability, **settings)
     instead: list[tuple[Any, str, Any]] = [
         *((module, "update_for", in_triton) for module in (adamw_triton_kernels, batch)),
-        *((module, "norms_for", lambda device: norm_kernels) for module in (batch, clipping)),
+        *((module, "norms_for", lambda device: norm_kernels) for module in (adamw_triton_kernels, clipping)),
         (launch, "_compiled", _compiled.setdefault(capability, {})),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in instead]

@@ -19,7 +19,7 @@ import triton.language as tl
 from adamw_triton_kernels import launch
 from adamw_triton_kernels.launch import ALIGNMENT, TL_DTYPES, Build, chunk_table
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import Verdict
+from adamw_triton_kernels.work import AVERAGE, WARM_UP, Adapting, Verdict
 
 THREADS = 128
 TILE = 2048
@@ -45,9 +45,19 @@ class _Part:
 class Norms:
     """Of the gradients of one device, of these lengths: the same set at every step, on one stream."""
 
-    def __init__(self, numels: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        numels: Sequence[int],
+        device: torch.device,
+        averages: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        """``averages``: of each gradient the step count and the running average, fp32 of no dimension. They
+        stay where they are."""
         self._numels = numels
         self._device = device
+        self._averages = averages
+        self._scalars = torch.empty(0)
+        self._ranges = torch.empty(0)
         self._kinds: list[tuple[torch.dtype, bool]] = []
         self._parts: list[_Part] = []
         self._norms = torch.empty(0)
@@ -64,6 +74,20 @@ class Norms:
             arguments = (own, part.numels, part.chunks, part.norms, part.chunk_size)
             launch.call(part.build, part.key, self._device, len(part.chunks), arguments)
         return self._norms
+
+    def adapt(
+        self, norms: torch.Tensor, outcome: torch.Tensor, given: Adapting
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [gradients]: their factors, and their averages after this step. See ``norms.Norms.adapt``."""
+        spec = adapting_build(given.loss_scale is not None)
+        key = ("adapting", *spec.constexprs.values())
+        launch.load(spec, key, self._device)
+        count = len(self._averages)
+        factors, averages = torch.empty((2, -(-count // 4) * 4), device=self._device)[:, :count]
+        scale = outcome if given.loss_scale is None else given.loss_scale  # not read then
+        arguments = (self._scalars, self._ranges, norms, scale, outcome, factors, averages, given.factor)
+        launch.call(spec, key, self._device, count, arguments)
+        return factors, averages
 
     def _divide(self, kinds: list[tuple[torch.dtype, bool]]) -> None:
         require_eager()
@@ -95,6 +119,20 @@ class Norms:
             )
             begin += room
         self._kinds = kinds
+        if self._averages:
+            self._send_places()
+
+    def _send_places(self) -> None:
+        """Of each gradient where its scalars are, and which of the norms are its own."""
+        places = [[step.data_ptr(), average.data_ptr()] for step, average in self._averages]
+        self._scalars = send(torch.tensor(places, dtype=torch.int64, device="cpu"), self._device)
+        ranges = torch.zeros((len(places), 2), dtype=torch.int32, device="cpu")
+        for part in self._parts:
+            first = int(part.norms.storage_offset())
+            counts = torch.bincount(part.chunks[:, 0].cpu(), minlength=len(part.positions))
+            ends = counts.cumsum(0) + first
+            ranges[list(part.positions)] = torch.stack([ends - counts, ends], dim=1).int()
+        self._ranges = send(ranges, self._device)
 
 
 def verdict(norms: torch.Tensor, given: Verdict) -> torch.Tensor:
@@ -129,6 +167,19 @@ def verdict_build(clips: bool, skips: bool, scaled: bool) -> Build:
     scalars = {"count": "i32", "max_norm": "fp32"}
     signature = {**pointers, **scalars, **dict.fromkeys(constexprs, "constexpr")}
     return Build(_verdict, signature, constexprs, THREADS)
+
+
+def adapting_build(scaled: bool) -> Build:
+    constexprs = {"WARM_UP": WARM_UP, "AVERAGE": AVERAGE, "SCALED": scaled, "TILE": TOTAL_TILE}
+    pointers = ("norms", "loss_scale", "outcome", "own", "averages")
+    signature = {
+        "scalars": "*i64",
+        "ranges": "*i32",
+        **dict.fromkeys(pointers, "*fp32"),
+        "factor": "fp32",
+        **dict.fromkeys(constexprs, "constexpr"),
+    }
+    return Build(_adapting, signature, constexprs, THREADS)
 
 
 @triton.jit
@@ -180,6 +231,8 @@ def _verdict(
     norms, loss_scale, outcome, skipped, count, max_norm,
     CLIPS: tl.constexpr, SKIPS: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    if SKIPS:  # read by all threads: before the barriers of the sum, for one of them is to write there
+        before = tl.load(skipped)
     squares = tl.zeros([TILE], tl.float32)
     unit = tl.zeros([], tl.uint32)
     at = tl.arange(0, TILE)
@@ -195,6 +248,36 @@ def _verdict(
     if SKIPS:
         bad = norm - norm != 0
         factor = tl.where(bad, -1.0, factor)
-        tl.store(skipped, tl.load(skipped) + bad.to(tl.float32))
+        tl.store(skipped, before + bad.to(tl.float32))
     tl.store(outcome, factor)
     tl.store(outcome + 1, norm)
+
+
+@triton.jit(do_not_specialize=["factor"])
+def _adapting(
+    scalars, ranges, norms, loss_scale, outcome, own, averages, factor,
+    WARM_UP: tl.constexpr, AVERAGE: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tensor = tl.program_id(0)
+    step = tl.load(tl.load(scalars + 2 * tensor).to(tl.pointer_type(tl.float32)))
+    average = tl.load(tl.load(scalars + 2 * tensor + 1).to(tl.pointer_type(tl.float32)))
+    end = tl.load(ranges + 2 * tensor + 1)
+    squares = tl.zeros([TILE], tl.float32)
+    unit = tl.zeros([], tl.uint32)
+    at = tl.arange(0, TILE)
+    for begin in range(tl.load(ranges + 2 * tensor), end, TILE):
+        squares, unit = _add(tl.load(norms + begin + at, begin + at < end, 0), squares, unit)
+    norm = _root(squares, unit)
+    if SCALED:
+        norm /= tl.load(loss_scale)
+    fresh = average == float("inf")
+    limit = factor * average
+    chosen = tl.where((step >= WARM_UP) & (average < float("inf")) & (norm > limit), limit / norm, 1.0)
+    of_all = tl.load(outcome)
+    chosen = tl.where(chosen < of_all, chosen, of_all)  # SKIP and NaN stay
+    held = chosen * norm
+    mixed = tl.where(fresh, held, tl.fma(average - held, AVERAGE, held))
+    new = tl.where(step < WARM_UP, tl.minimum(average, held), mixed)
+    new = tl.where((held > 0) & (held - held == 0), new, average)
+    tl.store(own + tensor, chosen)
+    tl.store(averages + tensor, new)

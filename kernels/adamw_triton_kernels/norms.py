@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels.tables import has_float64
-from adamw_triton_kernels.work import SKIP, Verdict
+from adamw_triton_kernels.work import AVERAGE, SKIP, WARM_UP, Adapting, Verdict
 
 EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
@@ -20,7 +20,14 @@ EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 class Norms:
     """Of the gradients of one device, of these lengths: the same set at every step, on one stream."""
 
-    def __init__(self, numels: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        numels: Sequence[int],
+        device: torch.device,
+        averages: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        """``averages``: of each gradient the step count and the running average, fp32 of no dimension."""
+        self._averages = averages
         self._dtype = torch.float64 if has_float64(device) else torch.float32
 
     def of(self, grads: Sequence[Tensor]) -> Tensor:
@@ -30,6 +37,25 @@ class Norms:
         else:
             norms = torch.stack([_norm(grad.float()) for grad in grads])
         return norms.float()
+
+    def adapt(self, norms: Tensor, outcome: Tensor, given: Adapting) -> tuple[Tensor, Tensor]:
+        """fp32 [gradients]: their factors, and their averages after this step.
+
+        Args:
+            norms: of ``of``.
+            outcome: of ``verdict``; of its factor and the own one the smaller holds.
+        """
+        if given.loss_scale is not None:
+            norms = norms / given.loss_scale.to(norms)
+        steps, averages = (torch.stack(list(tensors)) for tensors in zip(*self._averages, strict=True))
+        learns = (steps < WARM_UP) | averages.isinf()
+        limit = given.factor * averages
+        own = torch.where(~learns & (norms > limit), limit / norms, 1.0)
+        factors = torch.where(own < outcome[0], own, outcome[0])  # SKIP and NaN stay
+        held = factors * norms
+        mixed = torch.where(averages.isinf(), held, torch.lerp(held, averages, AVERAGE))
+        new = torch.where(steps < WARM_UP, torch.minimum(averages, held), mixed)
+        return factors, torch.where((held > 0) & held.isfinite(), new, averages)
 
 
 def verdict(norms: Tensor, given: Verdict) -> Tensor:

@@ -38,6 +38,20 @@ class Verdict(NamedTuple):
     """fp32 [1] on the device: counts steps that were skipped for a norm that is not finite; None: none is."""
 
 
+class Adapting(NamedTuple):
+    """How each gradient's norm is held to its running average (AdaGC, arXiv:2502.11034)."""
+
+    factor: float
+    """Times the average: the most it may be."""
+    loss_scale: Tensor | None
+    """As in ``Verdict``."""
+
+
+WARM_UP = 100
+"""Steps in which the average is the smallest norm so far."""
+AVERAGE = 0.98
+"""What the average keeps of itself in a step: the paper's."""
+
 NEAREST, STOCHASTIC, REMAINDER, MASTER = "nearest", "stochastic", "remainder", "master"
 """How a weight is kept, see ``weights.py``. The last two are names of state arrays, too."""
 

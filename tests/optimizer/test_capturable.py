@@ -219,7 +219,7 @@ def test_copies_are_capturable(copied: Any) -> None:
     for optimizer in (ours, other):
         train(optimizer, 1, first=3)
     assert everything(ours) == everything(other)
-    assert all(slot.buffer.steps_on_device for slot in other._store.slots.values())
+    assert all(slot.buffer.scalars.on_device for slot in other._store.slots.values())
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------
