@@ -187,7 +187,7 @@ def _move(instruction: Instruction, approximation: floats.Approximation) -> Step
     destination, source = instruction.operands
     if isinstance(source, Vector):
         part = bits_of(kind) // len(source.items)
-        reads = [reader(item, f"b{part}", instruction) for item in source.items]
+        reads = [reader(item, f"b{part}", instruction, packed=True) for item in source.items]
         wide = STORAGE[bits_of(kind)]
 
         def pack(*values: Array) -> Array:

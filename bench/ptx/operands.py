@@ -36,7 +36,7 @@ Decoder = Callable[[Instruction, floats.Approximation], Step]
 STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _KINDS = {"b": "u", "u": "u", "s": "i"}
 _POISON = {1: False, 8: 0xAD, 16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}
-"""In the threads that have not written a register that others have."""
+"""Of threads that have not written a register that others have, and of undefined parts of a packed one."""
 
 
 def bits_of(kind: str) -> int:
@@ -56,8 +56,9 @@ def dtype_of(kind: str) -> np.dtype[Any]:
     return np.dtype(f"{_KINDS[kind[0]]}{bits_of(kind) // 8}")
 
 
-def reader(operand: Operand, kind: str, instruction: Instruction) -> Read:
-    """The operand as the PTX type ``kind``."""
+def reader(operand: Operand, kind: str, instruction: Instruction, *, packed: bool = False) -> Read:
+    """The operand as the PTX type ``kind``. ``packed``: it becomes a part of a register, of which compilers
+    leave parts undefined that nothing reads; these are poison, for what reads them all the same."""
     dtype, bits = dtype_of(kind), bits_of(kind)
     if isinstance(operand, Register):
         index = operand.index
@@ -67,6 +68,8 @@ def reader(operand: Operand, kind: str, instruction: Instruction) -> Read:
 
         def raw(t: Any) -> Array:
             value = t.registers[index]
+            if value is None and packed:
+                value = np.full(t.shape, _POISON[operand.bits], dtype=STORAGE[operand.bits])
             if value is None:
                 raise PtxError(f"{operand.name} is read before anything was written: {instruction}")
             return value if narrow is None else value.astype(narrow)

@@ -137,6 +137,16 @@ EXCHANGE = """
 """
 
 
+def test_an_undefined_part_of_a_packed_register_is_poison() -> None:
+    """As LLVM packs it for sm_100, to unpack only the other."""
+    given = np.arange(64 * 4, dtype=np.uint32).reshape(-1, 4)
+    pack = "mov.b64 %d9, {%r77, %r10};"
+    found, _, _ = run(f"{pack} mov.b64 {{_, %r20}}, %d9;", given)
+    assert (found == given[:, 0]).all()
+    found, _, _ = run(f"{pack} mov.b64 {{%r20, _}}, %d9;", given)
+    assert (found == 0xDEADBEEF).all()
+
+
 def test_races_in_shared_memory_are_found() -> None:
     _, _, (shared,) = run(EXCHANGE.replace("{barrier}", "bar.sync 0;"), ZEROS, races=True)
     assert not shared.races.conflicts
