@@ -105,6 +105,23 @@ def hand_over(params: list[Tensor]) -> None:
     torch.autograd.backward([param for param, _ in given], [grad for _, grad in given])
 
 
+NO_LIMIT = 1e30
+"""As a norm."""
+
+
+class Clipped:
+    """torch's fused AdamW after its ``clip_grad_norm_``."""
+
+    def __init__(self, params: list[Tensor], lr: float, decay: float) -> None:
+        self.params = params
+        self.optimizer = _torch(fused=True)(params, lr, decay)
+        self.state = self.optimizer.state
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, NO_LIMIT)
+        self.optimizer.step()
+
+
 MANAGED_SHARE = 0.5
 """Of the memory that a GPU has free: managed memory beyond that which is free can hang it."""
 _managed = 0
@@ -173,6 +190,12 @@ EXACT = tuple(
     for bits in (32, 8)
 )
 """Keep weights of 16 bits exactly; fp32 ones are as they are."""
+CLIPPED = (
+    Optimizer("adamw_triton 32bit, clipped", _ours("32bit", max_grad_norm=NO_LIMIT), "adamw-triton", 32),
+    Optimizer("adamw_triton 8bit, clipped", _ours("8bit", max_grad_norm=NO_LIMIT), "adamw-triton", 8),
+    Optimizer("torch fused, clipped", Clipped, "torch", 32),
+)
+"""The whole cost of clipping to a norm that no gradients have: these stay as they are for all."""
 
 
 def runnable(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamw_triton import AdamW
 from adamw_triton.step import clipping
-from adamw_triton_kernels import launch
+from adamw_triton_kernels import launch, norms_for
 from tests.optimizer.problems import DTYPES, bits, copies, parameters, set_grads, state_bits, train
 from tests.optimizer.simulated_graph import SimulatedGraph
 
@@ -287,6 +287,28 @@ def test_a_launch_pair_more_and_no_wait(variant: str, monkeypatch: pytest.Monkey
                 optimizer.step()
         counts.append(sorted(seen))
     assert counts[1] == sorted([*counts[0], "_norms", "_verdict"])
+
+
+def test_over_several_devices() -> None:
+    """One norm of all, one decision, the same bits on each."""
+    params = parameters(SHAPES)
+    set_grads(params, 1)
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]  # two, as far as anybody can tell
+    members = {device: [p.grad for p in params[i::2]] for i, device in enumerate(devices)}
+    judging = clipping.Clipping(1.0, None, "skip")
+    for bad in (False, True):
+        if bad:
+            members[devices[1]][0].fill_(math.inf)  # type: ignore[union-attr]
+        found = {}
+        for device, grads in members.items():
+            norms = norms_for(device).Norms([grad.numel() for grad in grads], device)  # type: ignore[union-attr]
+            found[device] = norms, norms.of(grads)
+        judged = judging.judge(found, None, list)
+        first, second = (judged.outcomes[device] for device in devices)
+        assert torch.equal(first, second)
+        assert float(first[1]) == pytest.approx(true_norm(params), rel=1e-6)
+        assert (float(first[0]) == -1) == bad
+        assert judging.skipped == int(bad)
 
 
 @pytest.mark.parametrize("most", [0, -1.0, math.nan, True, "1"])
