@@ -269,6 +269,7 @@ class AdamW(torch.optim.Optimizer):
             batch.count(judged)
             batch.copy_back(ordered, items)
             batch.remember()
+            self._store.saw_weights()
 
     def _judge(
         self, batch: Batch, ordered: list[Item], scale: float | Tensor | None, stepped: Stepped

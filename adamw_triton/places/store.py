@@ -30,6 +30,7 @@ from adamw_triton.state.placement import (
     page_elements,
     ring_for,
 )
+from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
 
@@ -53,6 +54,8 @@ class Store:
         self._limits: dict[torch.device, int] = {}
         """The budgets of GPUs from which state was spilled."""
         self._shown = Shown()
+        self._unseen: list[Slot] = []
+        """What goes with these exact weights came from elsewhere, and the weights may be still to come."""
         self._lock = threading.RLock()
         self._holders = 0
 
@@ -135,6 +138,8 @@ class Store:
             if inexact := inexact + sum(arrival.inexact for arrival in kept):
                 _log.warning("%d weights were kept exactly and are no longer: master_weights is off", inexact)
             self._remember(state)
+            exact = [slot for slot in slots.values() if slot.format.weights == REMAINDER]
+            self._unseen = [slot for slot in exact if slot.entry and slot.version is None]
 
     def show(self, wanted: Sequence[Wanted], state: State) -> None:
         """Have ``state`` show what parameters without any would begin with, in plain host memory: nothing
@@ -172,6 +177,12 @@ class Store:
                 update(page.buffer.arrays)
         for device, pages in _by_device(work).items():
             self._pagers[device].walk(pages, stop)
+
+    def saw_weights(self) -> None:
+        """After a step: also those that had no gradient are what they are, whoever writes to them next."""
+        for slot in self._unseen:
+            slot.remember()
+        self._unseen = []
 
     def finish(self) -> None:
         """Wait until all pages are on the host."""

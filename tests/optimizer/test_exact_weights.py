@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import pickle
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +129,35 @@ def test_a_weight_that_somebody_writes_begins_anew(variant: str, caplog: pytest.
     assert bits(exact(ours)) == bits(theirs)
     said = [r.getMessage() for r in caplog.records if "begin anew" in r.getMessage()]
     assert said == ["3 exact weights have been changed since the last step, and begin anew"]
+
+
+@pytest.mark.parametrize("how", ["load", "pickle"])
+def test_written_where_a_step_after_loading_had_no_gradient(how: str) -> None:
+    """A load's own weights may come after its state, but not after a step."""
+    params = made(SIZES, torch.bfloat16)
+    ours = optimizer_for(params, "32bit", master_weights=True)
+    for step in range(3):
+        set_grads(params, step)
+        ours.step()
+    if how == "pickle":
+        params, ours = pickle.loads(pickle.dumps((params, ours)))
+    else:
+        state, params = saved(ours), [Parameter(torch.zeros_like(p)) for p in params]
+        kept = ours.param_groups[0]["params"]
+        ours = optimizer_for(params, "32bit", master_weights=True)
+        ours.load_state_dict(state)
+        with torch.no_grad():
+            for param, old in zip(params, kept, strict=True):
+                param.copy_(old)
+    before = ours.master_weight(params[2])
+    assert not torch.equal(before, params[2].float())
+    set_grads(params, 5)
+    params[2].grad = None
+    ours.step()
+    assert torch.equal(ours.master_weight(params[2]), before)
+    with torch.no_grad():
+        params[2].mul_(2.0)
+    assert torch.equal(ours.master_weight(params[2]), params[2].float())
 
 
 def test_state_without_remainders_loads_as_exact_as_its_weights() -> None:
