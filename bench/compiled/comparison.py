@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adamw_triton_kernels import codes
 from bench.compiled.problems import Problem
 
 LIMITS = {"state": 4.0, "weight": 8.0}
@@ -58,9 +59,12 @@ def compare(ours: Problem, theirs: Problem, before: Problem, report: Report, lab
     scale = torch.cat(
         [hyper[row, 0].expand(n) for row, n in zip(theirs.layout.rows, theirs.layout.numels, strict=True)]
     )
+    if theirs.factors is not None:
+        factors = theirs.factors[list(theirs.layout.factors)].tolist()
+        scale *= torch.cat([torch.full((n,), x) for x, n in zip(factors, theirs.layout.numels, strict=True)])
     g = torch.cat([grad.float() for grad in theirs.grads]) * scale
     p, q, old = (problem.weights() for problem in (ours, theirs, before))
-    change = 2 * (q.float() - old.float())
+    change = 2 * (q.float() - old.float()) * _cancelled(before, hyper, g)
     apart = distance(p, q, old, change)
     report.worst(f"{label}: weight, ulps", float(apart.max()))
     if p.dtype == torch.float32:
@@ -89,14 +93,28 @@ def compare(ours: Problem, theirs: Problem, before: Problem, report: Report, lab
         )
 
 
+def _cancelled(before: Problem, hyper: Tensor, g: Tensor) -> Tensor:
+    """How many times larger than their sum the two terms of m are: so many more of its last bits are lost."""
+    block = before.kernel.block
+    m = before.of_tensors(codes.decode_8bit(before.state, block)[0] if block else before.state["exp_avg"])
+    gaps = torch.cat(
+        [hyper[row, 1].expand(n) for row, n in zip(before.layout.rows, before.layout.numels, strict=True)]
+    )
+    beta = torch.where(gaps.signbit(), -gaps, 1 - gaps)
+    terms = beta * m, (1 - beta) * g
+    return (sum(abs(term) for term in terms) / sum(terms).abs()).nan_to_num(1.0, 1.0)  # type: ignore[union-attr]
+
+
 def compare_codes(ours: Problem, theirs: Problem, report: Report, label: str) -> None:
     block = theirs.kernel.block
     whole = {name: (ours.state[name].float(), theirs.state[name].float()) for name in theirs.state}
-    codes = {name: (a - b).abs().view(-1, block) for name, (a, b) in whole.items() if name.endswith("codes")}
+    apart_of = {
+        name: (a - b).abs().view(-1, block) for name, (a, b) in whole.items() if name.endswith("codes")
+    }
     # m is stored relative to the decoded v: where a code of v differs, its block's m may.
-    comparable = codes["exp_avg_sq_codes"].amax(1) == 0
+    comparable = apart_of["exp_avg_sq_codes"].amax(1) == 0
     report.require(bool(comparable.any()), f"{label}: some code of v differs in every block")
-    for name, apart in codes.items():
+    for name, apart in apart_of.items():
         rows = comparable if name == "exp_avg_codes" else slice(None)
         by, share = _largest(apart[rows]), float((apart != 0).float().mean())
         report.worst(f"{label}: {name} that differ", share)

@@ -166,7 +166,9 @@ def _kernel(
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
             PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TILE, False,
         )  # fmt: skip
-    for start in range(count - count % TILE, count, TAIL):
+    # Worked out of the count again, the first loop has less to hold on to, and no build spills; by the hint a
+    # thread still has elements of one block.
+    for start in range(tl.multiple_of(count - count % TILE, TILE), count, TAIL):
         _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
