@@ -75,7 +75,7 @@ def check_implementation(fused: object, foreach: object, differentiable: object)
 def check_weights(variant: str, master_weights: object, stochastic_rounding: object) -> tuple[str, ...]:
     """How weights of 16 bits may be kept (``formats.WEIGHTS``), the best first."""
     for name, value in (("master_weights", master_weights), ("stochastic_rounding", stochastic_rounding)):
-        if value not in ("auto", True, False):
+        if not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
             raise ValueError(f"Invalid {name}: {value!r}; it must be 'auto', True or False")
     if master_weights is True and stochastic_rounding is True:
         raise ValueError(

@@ -7,6 +7,8 @@ moments in the parameter's shape. Under any other key it is somebody else's, a w
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import numbers
 from collections.abc import Mapping
@@ -29,6 +31,10 @@ _NAMES = frozenset({"step", NORM, _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
 
 MOST_STEPS = 2**31
 """fp32 counts by ones up to 2**24, and bias corrections are 1 long before."""
+
+
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+_log = logging.getLogger("adamw_triton")
 
 
 class Saved(NamedTuple):
@@ -107,7 +113,9 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
         raise ValueError(_not_known({**others_of(entry), **parts}, name))
     step = _step(parts["step"], name)
     plain = {
-        key: _plain(key, parts[key], part.dtypes, name) for key, part in dialect.parts.items() if key in parts
+        key: _plain(key, parts[key], part.dtypes, name)
+        for key, part in dialect.parts.items()
+        if key in parts and not (key in KEPT and _went_elsewhere(parts[key], part))
     }
     for key, part in dialect.parts.items():
         if part.kind == "scales":
@@ -188,6 +196,20 @@ def _flatten(entry: Entry) -> dict[str, Any]:
     return parts
 
 
+def _went_elsewhere(kept: Any, part: Part) -> bool:
+    """Whether what goes with an exact weight has been through an optimizer that casts what it does not know,
+    as torch's do: it is no longer of this weight, which has been stepped without it."""
+    cast = isinstance(kept, Tensor) and kept.dtype not in part.dtypes and kept.dtype in _CAST
+    if cast:
+        _say_cast()
+    return cast
+
+
+@functools.cache
+def _say_cast() -> None:
+    _log.warning("exact weights have been through another optimizer, and begin anew at the weights there are")
+
+
 def _not_known(parts: Entry, name: str) -> str:
     keys = set(map(str, parts)) - {"step", NORM}
     what = f"state of {name} has entries {sorted(map(str, parts))}"
@@ -231,8 +253,12 @@ def _number(key: str, value: Any, name: str) -> float | None:
     if isinstance(value, Tensor):
         value = _plain(key, value, None, name)
         value = value.item() if value.numel() == 1 else None
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: str) -> Tensor:

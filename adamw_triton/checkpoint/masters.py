@@ -69,7 +69,7 @@ class Masters:
         for value in found.values():
             if isinstance(value, Tensor) and id(value) not in once:
                 exact = id(value) in self.exact
-                once[id(value)] = self._exact(value, _HOST) if exact else value.detach().to(_HOST)
+                once[id(value)] = self._exact(value, _HOST) if exact else value.detach().to(_HOST, copy=True)
         found.update([(name, once.get(id(value), value)) for name, value in found.items()])
         return found
 

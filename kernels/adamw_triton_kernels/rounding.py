@@ -33,7 +33,9 @@ def read_weight(p, kept, at, mask, OTHER: tl.constexpr, WEIGHTS: tl.constexpr):
     if WEIGHTS == "remainder":
         upper = p.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         lower = tl.load(kept + at, mask, OTHER).to(tl.int32).to(tl.uint32, bitcast=True)
-        return (upper + lower).to(tl.float32, bitcast=True)
+        exact = (upper + lower).to(tl.float32, bitcast=True)
+        # No pair of ours makes a NaN of another number: somebody has written the weight, unseen.
+        return tl.where(exact == exact, exact, upper.to(tl.float32, bitcast=True))
     elif WEIGHTS == "master":
         master = tl.load(kept + at, mask, OTHER)
         return tl.where(master.to(p.dtype) == p, master, p.to(tl.float32))

@@ -4,7 +4,8 @@
 - ``"nearest"``: rounded to its dtype at every step. What is less than half of its last bit is lost.
 - ``"stochastic"``, bf16: rounded up or down in proportion to what is cut off, by a dither: right on average.
 - ``"remainder"``, bf16: exact. The fp32 weight's bits are (bf16 bits << 16) + remainder, an int16; the bf16
-  weight is that one to nearest, ties up in the bits, so that the pair is one to one. NaN has one pair.
+  weight is that one to nearest, ties up in the bits, so that the pair is one to one. NaN has one pair; where
+  another number would be NaN with its remainder, somebody has written it, and it counts alone.
 - ``"master"``, fp16: exact, by an fp32 master. A weight that is not its master's rounding has been written by
   somebody else, and counts.
 
@@ -37,7 +38,8 @@ def read(p: Tensor, kept: Sequence[Tensor], weights: str) -> Tensor:
     it."""
     if weights == REMAINDER:
         bits = (p.view(torch.int16).to(torch.int32) << 16) + kept[0].to(torch.int32)
-        return bits.view(torch.float32)
+        exact = bits.view(torch.float32)
+        return torch.where(exact == exact, exact, p.float())  # see ``"remainder"`` above
     if weights == MASTER:
         master, rounded = kept if len(kept) > 1 else beside(kept[0], p.dtype, weights)
         return torch.where(rounded == p, master, p.float())

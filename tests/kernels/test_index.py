@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamw_triton_kernels.launch import chunk_table, locate
-from adamw_triton_kernels.work import MAX_CHUNKS
+from adamw_triton_kernels.work import MAX_CHUNKS, SKIP
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted")),
@@ -20,30 +20,39 @@ DEVICES = [
 
 @triton.jit
 def _store_located(
-    addresses, tensors, chunks, n_tensors, chunk_size, out,
+    addresses, tensors, chunks, factors, n_tensors, chunk_size, out,
     PARAM: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row = locate(
-        addresses, tensors, chunks, n_tensors, chunk_size, PARAM, GRAD, 4, 2
+    param, grad, offset, count, first, row, factor = locate(
+        addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, 4, 2
     )
-    out += 6 * tl.program_id(0)
+    out += 7 * tl.program_id(0)
     tl.store(out, param.to(tl.int64))
     tl.store(out + 1, grad.to(tl.int64))
     tl.store(out + 2, offset)
     tl.store(out + 3, count.to(tl.int64))
     tl.store(out + 4, first)
     tl.store(out + 5, row)
+    tl.store(out + 6, factor.to(tl.int64))
 
 
 def located(
-    addresses: list[int], rows: list[tuple[int, int, int, int]], chunks: torch.Tensor, size: int, device: str
+    addresses: list[int],
+    rows: list[tuple[int, int, int, int, int]],
+    chunks: torch.Tensor,
+    size: int,
+    device: str,
 ) -> list[list[int]]:
-    """Parameter's and gradient's address, offset, count, first and row of each chunk."""
-    out = torch.zeros(len(chunks), 6, dtype=torch.int64, device=device)
+    """Parameter's and gradient's address, offset, count, first, row and factor of each chunk. Factors are
+    three times their numbers, the last is ``SKIP``."""
+    factors = torch.arange(0.0, 3.0 * len(rows) + 3, 3.0)
+    factors[-1] = SKIP
+    out = torch.zeros(len(chunks), 7, dtype=torch.int64, device=device)
     _store_located[(len(chunks),)](
         torch.tensor(addresses, dtype=torch.int64, device=device),
         torch.tensor(rows, dtype=torch.int64, device=device),
         chunks.contiguous().to(device),
+        factors.to(device),
         len(rows),
         size,
         out,
@@ -61,15 +70,15 @@ def test_first_and_last_chunk_of_a_huge_tensor(device: str) -> None:
     chunks, size = chunk_table([100, numel], tile=2048, max_chunks=MAX_CHUNKS)
     ends = chunks[[0, 1, 2, -1]]
     found = located(
-        [small, param, small, grad], [(0, 100, 0, 1), (offset, numel, first, 0)], ends, size, device
+        [small, param, small, grad], [(0, 100, 0, 1, 1), (offset, numel, first, 0, 0)], ends, size, device
     )
     last = (numel - 1) // size * size
     assert last > 2**32
     assert found == [
-        [small, small, 0, 100, 0, 1],
-        [param, grad, offset, size, first, 0],
-        [param + 4 * size, grad + 2 * size, offset + size, size, first + size, 0],
-        [param + 4 * last, grad + 2 * last, offset + last, numel - last, first + last, 0],
+        [small, small, 0, 100, 0, 1, 3],
+        [param, grad, offset, size, first, 0, 0],
+        [param + 4 * size, grad + 2 * size, offset + size, size, first + size, 0, 0],
+        [param + 4 * last, grad + 2 * last, offset + last, numel - last, first + last, 0, 0],
     ]
 
 
@@ -79,15 +88,24 @@ def test_first_and_last_chunk_of_a_huge_tensor(device: str) -> None:
 def test_programs_cover_every_element_once(numels: list[int], max_chunks: int, device: str) -> None:
     chunks, size = chunk_table(numels, tile=128, max_chunks=max_chunks)
     offsets = torch.tensor(numels).div(128, rounding_mode="floor").add(1).mul(128).cumsum(0).tolist()
-    rows = [(offset, numel, 7 * i, i) for i, (offset, numel) in enumerate(zip(offsets, numels, strict=True))]
+    rows = [
+        (offset, numel, 7 * i, i, i) for i, (offset, numel) in enumerate(zip(offsets, numels, strict=True))
+    ]
     bases = [1 << 30 | i << 20 for i in range(2 * len(numels))]
     taken: list[list[int]] = [[] for _ in numels]
-    for param, grad, offset, count, first, row in located(bases, rows, chunks, size, device):
+    for param, grad, offset, count, first, row, factor in located(bases, rows, chunks, size, device):
         start = offset - offsets[row]
         assert (param, grad) == (bases[row] + 4 * start, bases[len(numels) + row] + 2 * start)
-        assert first == 7 * row + start
+        assert (first, factor) == (7 * row + start, 3 * row)
         taken[row].extend(range(start, start + count))
     assert taken == [list(range(numel)) for numel in numels]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_skipped_tensor_has_no_elements(device: str) -> None:
+    chunks, size = chunk_table([300, 300], tile=128, max_chunks=8)
+    found = located([1 << 30] * 4, [(0, 300, 0, 0, 0), (384, 300, 0, 0, 2)], chunks, size, device)
+    assert [sum(row[3] for row in found if row[-1] == factor) for factor in (0, SKIP)] == [300, 0]
 
 
 @given(

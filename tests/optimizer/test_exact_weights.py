@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import pickle
 import random
@@ -158,6 +159,42 @@ def test_written_where_a_step_after_loading_had_no_gradient(how: str) -> None:
     with torch.no_grad():
         params[2].mul_(2.0)
     assert torch.equal(ours.master_weight(params[2]), params[2].float())
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, 1.0])
+def test_an_unseen_write_makes_no_nan(value: float) -> None:
+    """Through ``.data``, as a mask or EMA's swap does: with any remainder beside it."""
+    params = made(SIZES, torch.bfloat16)
+    ours = optimizer_for(params, "32bit", master_weights=True)
+    for step in range(3):
+        set_grads(params, step)
+        ours.step()
+    for param in params:
+        param.data.fill_(value)
+        ours.state[param][REMAINDER][...] = torch.arange(param.numel()).view(param.shape) * 7919
+        weight = ours.master_weight(param)
+        assert not weight.isnan().any()
+    set_grads(params, 3)
+    ours.step()
+    assert math.isinf(value) or not any(param.isnan().any() for param in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_through_torchs_optimizer_and_back(dtype: torch.dtype) -> None:
+    """torch casts what it does not know: what goes with exact weights begins anew."""
+    params = made(SIZES, dtype)
+    ours = optimizer_for(params, "32bit", master_weights=True)
+    set_grads(params, 0)
+    ours.step()
+    theirs = torch.optim.AdamW(params, lr=1e-3)
+    theirs.load_state_dict(ours.state_dict(state_format="portable"))
+    set_grads(params, 1)
+    theirs.step()
+    back = optimizer_for(params, "32bit", master_weights=True)
+    back.load_state_dict(saved(theirs))
+    set_grads(params, 2)
+    back.step()
+    assert all(int(entry["step"]) == 3 for entry in back.state.values())
 
 
 def test_state_without_remainders_loads_as_exact_as_its_weights() -> None:
