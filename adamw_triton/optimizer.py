@@ -76,8 +76,8 @@ class AdamW(torch.optim.Optimizer):
         master_weights: keep weights of 16 bits exactly, as if they were fp32: the parameter is the exact
             weight rounded, and what it lacks is state, paged and saved like m and v: 2 bytes of a bf16
             weight, 4 of an fp16 one. A bf16 weight that somebody else writes between steps begins anew (a
-            write through ``.data`` cannot be seen); one that is written at every step is as if to nearest. ``"auto"``: with ``variant="auto"``, if they fit on the
-            GPU or the host.
+            write through ``.data`` cannot be seen); one that is written at every step is as if to nearest.
+            ``"auto"``: with ``variant="auto"``, if they fit on the GPU or the host.
         stochastic_rounding: round bf16 weights up or down in proportion to what is cut off, reproducibly:
             right on average, where rounding to nearest loses most small updates. ``"auto"``: with
             ``variant="auto"``, if exact weights do not fit.
