@@ -31,6 +31,10 @@ NORM = "exp_avg_norm"
 one."""
 
 
+OFTEN = 20
+"""Times that an exact weight begins anew before that is warned of: more than a few swaps of EMA weights."""
+
+
 class Scalars(NamedTuple):
     """What is kept of a parameter as one number: its step count, and perhaps more."""
 
@@ -65,6 +69,8 @@ class Slot:
     """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
     version: int | None = None
     """torch's count of what was written to the parameter, as it was after our last step."""
+    begun_anew: int = 0
+    """How often somebody else had written the exact weight."""
 
     @property
     def format(self) -> Format:
@@ -162,6 +168,14 @@ def begin_anew(slots: Sequence[Slot]) -> None:
     for slot in slots:
         slot.flat()[REMAINDER].zero_()
         slot.remember()
+        slot.begun_anew += 1
+    if any(slot.begun_anew == OFTEN for slot in slots):
+        name = next(slot.name for slot in slots if slot.begun_anew == OFTEN)
+        _log.warning(
+            "somebody has written %s and %d others between steps, %d times by now: each time what their bits "
+            "lack is lost, though weights are kept exactly; stochastic_rounding=True is right on average",
+            *(name, len(slots) - 1, OFTEN),
+        )
     if slots:
         _log.info("%d exact weights have been changed since the last step, and begin anew", len(slots))
 

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.state import placement
+from adamw_triton.state.buffers import OFTEN
 from adamw_triton_kernels.weights import read
 from adamw_triton_kernels.work import MASTER, REMAINDER
 from tests.optimizer.problems import bits, saved, state_bits
@@ -130,6 +131,20 @@ def test_a_weight_that_somebody_writes_begins_anew(variant: str, caplog: pytest.
     assert bits(exact(ours)) == bits(theirs)
     said = [r.getMessage() for r in caplog.records if "begin anew" in r.getMessage()]
     assert said == ["3 exact weights have been changed since the last step, and begin anew"]
+
+
+def test_written_at_every_step_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once."""
+    params = made(SIZES, torch.bfloat16)
+    ours = optimizer_for(params, "32bit", master_weights=True)
+    for step in range(OFTEN + 5):
+        set_grads(params, step)
+        ours.step()
+        with torch.no_grad():
+            params[1].clamp_(-10, 10)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == 1
+    assert "parameter 1 of group 0 and 0 others between steps, 20 times" in said[0]
 
 
 @pytest.mark.parametrize("how", ["load", "pickle"])
