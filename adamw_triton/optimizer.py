@@ -180,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step, unscaled and before clipping: fp32, of no dimension, on
         the device of the first. To read it is to wait for the step. None before the first one, and where
-        neither ``max_grad_norm`` nor ``nonfinite`` wants to know it."""
+        neither clipping nor ``nonfinite`` wants to know it."""
         return self._clipping.norm
 
     @property
