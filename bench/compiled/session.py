@@ -83,6 +83,7 @@ class Session:
         if kernel not in self.kernels:
             self.kernels.append(kernel)
         emulator = self._emulator(kernel.ptx)
+        emulator.executed.clear()  # of a launch that was stopped
         given = dict(zip(kernel.signature, arguments, strict=True))
         tables = [whole(given[name], name, writable=False) for name in TABLES if name in given]
         reach = reachable(given, kernel.constants) if self.reach is None else self.reach
