@@ -265,7 +265,7 @@ class AdamW(torch.optim.Optimizer):
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
                 begin_anew(changed)
-            self._store.run(work, judged.known_skipped if judged is not None and judged.skips else None)
+            self._store.run(work, judged and judged.known_skipped)
             batch.count(judged)
             batch.copy_back(ordered, items)
             batch.remember()

@@ -111,12 +111,7 @@ class Clipping:
 
     @property
     def active(self) -> bool:
-        return self.adapts or self._max_norm is not None or self._nonfinite != PROPAGATE
-
-    @property
-    def adapts(self) -> bool:
-        """Whether each gradient has a factor of its own."""
-        return self._factor is not None
+        return (self._max_norm, self._factor, self._nonfinite) != (None, None, PROPAGATE)
 
     @property
     def skipped(self) -> int:
