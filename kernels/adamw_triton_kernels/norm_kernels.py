@@ -19,13 +19,13 @@ import triton.language as tl
 from adamw_triton_kernels import launch
 from adamw_triton_kernels.launch import ALIGNMENT, TL_DTYPES, Build, chunk_table
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import AVERAGE, WARM_UP, Adapting, Verdict
+from adamw_triton_kernels.work import AVERAGE, CLIP_EPS, WARM_UP, Adapting, Verdict
 
 THREADS = 128
 TILE = 2048
 TOTAL_TILE = 1024
 MAX_CHUNKS = 4096  # programs: a few for each place of the largest GPU, few enough for one program to add up
-EPS = tl.constexpr(1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+EPS = tl.constexpr(CLIP_EPS)
 
 
 @dataclass(frozen=True)

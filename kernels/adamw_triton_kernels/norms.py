@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels.tables import has_float64
-from adamw_triton_kernels.work import AVERAGE, SKIP, WARM_UP, Adapting, Verdict
-
-EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+from adamw_triton_kernels.work import AVERAGE, CLIP_EPS, SKIP, WARM_UP, Adapting, Verdict
 
 
 class Norms:
@@ -69,7 +67,7 @@ def verdict(norms: Tensor, given: Verdict) -> Tensor:
         norm = norm / given.loss_scale.to(norm)
     factor = torch.ones_like(norm)
     if given.max_norm is not None:
-        factor = (given.max_norm / (norm + EPS)).clamp(max=1.0)  # NaN stays
+        factor = (given.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)  # NaN stays
     if given.skipped is not None:
         bad = ~norm.isfinite()
         factor = torch.where(bad, SKIP, factor)

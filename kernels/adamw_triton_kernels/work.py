@@ -27,6 +27,10 @@ SKIP = -1.0
 none is."""
 
 
+CLIP_EPS = 1e-6
+"""As torch.nn.utils.clip_grad_norm_ has it."""
+
+
 class Verdict(NamedTuple):
     """What is to be made of the norm of all gradients."""
 

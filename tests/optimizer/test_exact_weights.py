@@ -147,14 +147,20 @@ def test_written_at_every_step_is_warned_of(caplog: pytest.LogCaptureFixture) ->
     assert "parameter 1 of group 0 and 0 others between steps, 20 times" in said[0]
 
 
+def stepped(steps: int) -> tuple[list[Parameter], AdamW]:
+    """Exact bf16 weights after some steps."""
+    params = made(SIZES, torch.bfloat16)
+    ours = optimizer_for(params, "32bit", master_weights=True)
+    for step in range(steps):
+        set_grads(params, step)
+        ours.step()
+    return params, ours
+
+
 @pytest.mark.parametrize("how", ["load", "pickle"])
 def test_written_where_a_step_after_loading_had_no_gradient(how: str) -> None:
     """A load's own weights may come after its state, but not after a step."""
-    params = made(SIZES, torch.bfloat16)
-    ours = optimizer_for(params, "32bit", master_weights=True)
-    for step in range(3):
-        set_grads(params, step)
-        ours.step()
+    params, ours = stepped(3)
     if how == "pickle":
         params, ours = pickle.loads(pickle.dumps((params, ours)))
     else:
@@ -179,11 +185,7 @@ def test_written_where_a_step_after_loading_had_no_gradient(how: str) -> None:
 @pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, 1.0])
 def test_an_unseen_write_makes_no_nan(value: float) -> None:
     """Through ``.data``, as a mask or EMA's swap does: with any remainder beside it."""
-    params = made(SIZES, torch.bfloat16)
-    ours = optimizer_for(params, "32bit", master_weights=True)
-    for step in range(3):
-        set_grads(params, step)
-        ours.step()
+    params, ours = stepped(3)
     for param in params:
         param.data.fill_(value)
         ours.state[param][REMAINDER][...] = torch.arange(param.numel()).view(param.shape) * 7919
