@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -57,7 +58,6 @@ class Store:
         self._unseen: list[Slot] = []
         """What goes with these exact weights came from elsewhere, and the weights may be still to come."""
         self._lock = threading.RLock()
-        self._holders = 0
 
     def __del__(self) -> None:
         try:
@@ -199,24 +199,19 @@ class Store:
         with torch.no_grad():
             begin_anew([slot for slot in slots if slot.is_shown_by(state.get(slot.param))])
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> AbstractContextManager[bool]:
         """Have nothing moved meanwhile by another thread, and nothing spilled by this one either: an
-        allocation that fails in here finds state in use."""
-        with self._lock:
-            self._holders += 1
-            try:
-                yield
-            finally:
-                self._holders -= 1
+        allocation that fails in here finds state in use. (The lock itself: Ctrl-C can leave a context that is
+        written in Python open, until nobody looks at the exception any more.)"""
+        return self._lock
 
     @contextlib.contextmanager
     def _still(self, state: State) -> Iterator[None]:
         """Around all that moves, replaces or frees state: its GPUs stand still before and after. A step may
         have run on any stream, this may be called under any other, by any thread, and torch's allocator hands
         memory out again by the stream that it was allocated on: so the host waits for all of them, and
-        what was left is freed only then."""
-        with self.hold(), lasting():
+        what was left is freed only then. Ctrl-C waits: see ``hold``."""
+        with DeferredInterrupt(), self.hold(), lasting():
             left = [(buffer, buffer.arrays) for buffer in self.buffers]
             shown = [list(entry.values()) for entry in state.values() if isinstance(entry, Mapping)]
             self._synchronize()
@@ -298,9 +293,10 @@ class Store:
     @contextlib.contextmanager
     def _unless_held(self) -> Iterator[bool]:
         """Whether state may be moved now, by this thread."""
-        free = self._lock.acquire(blocking=False)
+        mine: bool = self._lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks
+        free = not mine and self._lock.acquire(blocking=False)
         try:
-            yield free and not self._holders
+            yield free
         finally:
             if free:
                 self._lock.release()
@@ -344,7 +340,7 @@ class Store:
         self, buffers: Sequence[StateBuffer], state: State, *, to_host: bool, for_good: bool = False
     ) -> None:
         """``for_good``: what is on the host is paged from now on, what is not is resident."""
-        with self._still(state), DeferredInterrupt():
+        with self._still(state):
             self.generation += 1
             try:
                 for buffer in buffers:

@@ -9,20 +9,19 @@ the bits are the same (tests/kernels/test_fusion.py).
 and its graph compiled, and what the graph takes for granted is checked once for each set of shapes: a call
 costs some 15.
 
-Compiling is for the time before a step writes: ``rehearsal`` does it, on tensors without memory, and within
-``performance`` nothing is compiled.
+Compiling is for the time before a step writes: ``rehearse`` does it, on tensors without memory, and what is
+to ``perform`` compiles nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import operator
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ LARGE = 1 << 20
 
 _DTYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 _log = logging.getLogger("adamw_triton")
-_thread = threading.local()
+_T = TypeVar("_T")
+_doing: ContextVar[str | None] = ContextVar("_doing", default=None)
 
 
 class _Work:
@@ -52,27 +52,27 @@ def compiles() -> bool:
 
 def in_one_pass() -> bool:
     """Whether the code that asks is being compiled."""
-    return getattr(_thread, "doing", None) == "tracing"
+    return _doing.get() == "tracing"
 
 
-@contextlib.contextmanager
-def _doing(what: str) -> Iterator[None]:
-    before = getattr(_thread, "doing", None)
-    _thread.doing = what
-    try:
-        yield
-    finally:
-        _thread.doing = before
+def rehearse(function: Callable[..., None], *arguments: Any) -> None:
+    """Have a function of meta tensors compile what it would need on the CPU."""
+    _while("rehearsing", function, *arguments)
 
 
-def rehearsal() -> contextlib.AbstractContextManager[None]:
-    """Have this thread's calls, on meta tensors, compile what they would need on the CPU."""
-    return _doing("rehearsing")
+def perform(function: Callable[..., None], *arguments: Any) -> None:
+    """Have it compile nothing: what was not rehearsed runs as it stands, to the same bits."""
+    _while("performing", function, *arguments)
 
 
-def performance() -> contextlib.AbstractContextManager[None]:
-    """Have this thread compile nothing: what was not rehearsed runs as it stands, to the same bits."""
-    return _doing("performing")
+def _while(doing: str, function: Callable[..., _T], *arguments: Any) -> _T:
+    """In a context of its own, which no Ctrl-C leaves open: a thread that rehearses for ever never trains."""
+
+    def within() -> _T:
+        _doing.set(doing)
+        return function(*arguments)
+
+    return copy_context().run(within)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return None
         key = (torch.get_num_threads(), *map(_DTYPE_AND_SHAPE, tensors))
         graph = known.get(key)
-        if graph is not None or getattr(_thread, "doing", None) == "performing":
+        if graph is not None or _doing.get() == "performing":
             return graph
         try:
             return compiled(key, tensors)
@@ -117,7 +117,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         first = tensors[0]
         if torch.compiler.is_compiling():
             return function(*tensors)
-        if getattr(_thread, "doing", None) == "rehearsing":
+        if _doing.get() == "rehearsing":
             graph_for([torch.empty_like(tensor, device="cpu") for tensor in tensors])
             return function(*[tensor.to("meta") for tensor in tensors])  # some are there
         if not first.is_cpu:
@@ -141,9 +141,8 @@ class _Graph:
 
         if torch._dynamo.config.disable:
             raise RuntimeError("TORCH_COMPILE_DISABLE is set")
-        with _doing("tracing"):
-            traced = make_fx(lambda *each: function(*each), tracing_mode="symbolic")
-            graph = traced(*[_lengthened(tensor, tensors[0]) for tensor in tensors])
+        traced = make_fx(lambda *each: function(*each), tracing_mode="symbolic")
+        graph = _while("tracing", traced, *[_lengthened(tensor, tensors[0]) for tensor in tensors])
         self._inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         with torch._dynamo.utils.get_metrics_context():  # where the compiler's cache counts its hits
             self._call = torch._inductor.compile(graph, self._inputs)

@@ -232,11 +232,10 @@ def _prepared(
     params[0].new_empty(room, dtype=torch.uint8)
 
     def update(arrays: Arrays) -> None:
-        with fusion.performance():
-            for run in todo:
-                step(run, arrays)
+        for run in todo:
+            step(run, arrays)
 
-    return update
+    return functools.partial(fusion.perform, update)
 
 
 _rehearsed: dict[Hashable, set[int]] = defaultdict(set)
@@ -260,11 +259,10 @@ def _rehearse(
     arrays = {name: array.to("meta") for name, array in state.items()}
     ps, gs = ([tensor.to("meta") for tensor in tensors] for tensors in (params, grads))
     seen = _rehearsed[key]
-    with fusion.rehearsal():
-        for run in runs(ps, gs, layout, *lengths):
-            if (length := run.at.stop - run.at.start) not in seen:
-                step(run, arrays)
-                seen.add(length)
+    for run in runs(ps, gs, layout, *lengths):
+        if (length := run.at.stop - run.at.start) not in seen:
+            fusion.rehearse(step, run, arrays)
+            seen.add(length)
     layout.tables[key] = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from adamw_triton import AdamW
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
 from adamw_triton.step import batch
-from adamw_triton_kernels import Arrays, Call, Update, reference
+from adamw_triton_kernels import Arrays, Call, Update, fusion, reference
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
 VARIANTS = ("8bit", "paged_32bit", "paged_8bit")
@@ -55,6 +56,8 @@ class Interrupt:
         return self._line if ours else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return self._line  # on the way out, nothing can come between: only a trace could
         self.lines.append((frame.f_code.co_filename, frame.f_lineno))
         if len(self.lines) == self.at:
             signal.raise_signal(signal.SIGINT)
@@ -74,38 +77,67 @@ def trained(variant: str, steps: int) -> AdamW:
     return optimizer
 
 
-def interrupted_at(at: int, variant: str, steps_before: int) -> tuple[AdamW, list[tuple[str, int]]]:
-    """The optimizer afterwards, and the lines that were executed."""
+def interrupted_at(
+    at: int, variant: str, steps_before: int, kept: list[BaseException]
+) -> tuple[AdamW, list[tuple[str, int]]]:
+    """The optimizer afterwards, and the lines that were executed. A prompt keeps the last exception, and with
+    it all that was going on: what only that would end has not ended."""
     optimizer = trained(variant, steps_before)
     set_grads(optimizer.param_groups[0]["params"], steps_before)
+    reference._rehearsed.clear()
     interrupt = Interrupt(at)
     try:
         with interrupt:
             optimizer.step()
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as error:
+        kept.append(error)
     else:
         assert at == NEVER or len(interrupt.lines) < at, "the interrupt was lost"
     return optimizer, interrupt.lines
 
 
+class AsItIs:
+    def __init__(self, function: Callable[..., Any], _: object) -> None:
+        self.function = function
+
+    def fits(self, _: object) -> bool:
+        return True
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        return self.function(*tensors)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether what can be compiled is, by a compiler that leaves it as it is."""
+    monkeypatch.setattr(fusion._Work, "done", 0)
+    monkeypatch.setattr(fusion, "PATIENCE", 0 if request.param else 1 << 60)
+    monkeypatch.setattr(fusion, "_Graph", AsItIs)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    ("steps_before", "compiled"), [(0, False), (2, True)], indirect=["compiled"], ids=str
+)
 def test_an_interrupt_at_any_line_of_a_step(variant: str, steps_before: int) -> None:
     """The first and the last time that it is executed. Afterwards all parameters and their state are either
-    as before or as after, and training goes on."""
+    as before or as after, nothing is held, and training goes on."""
+    kept: list[BaseException] = []
     gc.disable()  # a finalizer that the interrupt hits would only print
     try:
         expected = [everything(trained(variant, steps_before + i)) for i in range(3)]
-        _, lines = interrupted_at(NEVER, variant, steps_before)
+        _, lines = interrupted_at(NEVER, variant, steps_before, kept)
         first = {line: at for at, line in reversed(list(enumerate(lines, 1)))}
         last = {line: at for at, line in enumerate(lines, 1)}
         points = {*first.values(), *last.values()}
         assert len(points) > 200
         outcomes = set()
         for at in points:
-            optimizer, _ = interrupted_at(at, variant, steps_before)
+            optimizer, _ = interrupted_at(at, variant, steps_before, kept)
+            with optimizer._store._unless_held() as free:
+                assert free, f"line {at}"
             values = bits(optimizer.param_groups[0]["params"])
             done = [values == params for params, _ in expected].index(True)
             outcomes.add(done)
