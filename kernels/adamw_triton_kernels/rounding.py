@@ -35,7 +35,8 @@ def read_weight(p, kept, at, mask, OTHER: tl.constexpr, WEIGHTS: tl.constexpr):
         lower = tl.load(kept + at, mask, OTHER).to(tl.int32).to(tl.uint32, bitcast=True)
         exact = (upper + lower).to(tl.float32, bitcast=True)
         # No pair of ours makes a NaN of another number: somebody has written the weight, unseen.
-        return tl.where(exact == exact, exact, upper.to(tl.float32, bitcast=True))
+        # (Asked so, ptxas compiles it to an instruction less in eight elements.)
+        return tl.where(exact != exact, upper.to(tl.float32, bitcast=True), exact)
     elif WEIGHTS == "master":
         master = tl.load(kept + at, mask, OTHER)
         return tl.where(master.to(p.dtype) == p, master, p.to(tl.float32))
