@@ -6,6 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,9 @@ VARIANTS = {
 }
 BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
-_OF_THE_OPTIMIZER = (
+OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "adaptive_clip", "nonfinite",
+    "max_grad_norm", "adaptive_clip", "nonfinite", "capturable",
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
@@ -92,7 +93,7 @@ def check_weights(variant: str, master_weights: object, stochastic_rounding: obj
     return (*exact, "nearest" if stochastic_rounding is False else "stochastic")
 
 
-def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object) -> None:
+def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object, capturable: bool) -> None:
     if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number > 0, or None: no clipping"
@@ -102,12 +103,24 @@ def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object) ->
             f"Invalid adaptive_clip: {adaptive_clip!r}; it must be a finite number >= 1 (below, each step "
             "would shrink the average it is measured by), or None: no clipping"
         )
-    if nonfinite not in NONFINITE:
+    if not isinstance(nonfinite, str) or nonfinite not in NONFINITE:
         raise ValueError(f"Invalid nonfinite: {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
+    if capturable and nonfinite == "raise":
+        raise ValueError(
+            "nonfinite='raise' has the host look at the gradients, which it cannot at the replays of a CUDA "
+            "graph: with capturable=True use nonfinite='skip'"
+        )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite one that a float can hold, or an infinity; numpy's too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
@@ -176,7 +189,7 @@ def check_keys(group: Mapping[str, Any], group_index: int) -> None:
         ValueError: a key is an argument of the whole optimizer.
     """
     for key in group:
-        if key in _OF_THE_OPTIMIZER:
+        if key in OF_THE_OPTIMIZER:
             raise ValueError(
                 f"group {group_index} sets {key}={group[key]!r}, which is of the whole optimizer: pass it to "
                 "AdamW; a group may set state_bits (8 or 32)"
@@ -210,6 +223,11 @@ def check_movable(capturable: bool) -> None:
         raise RuntimeError("offload() moves state, and CUDA graphs know its place: make capturable=False")
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP (version 1) has made it a part of one vector, of which each rank has a shard."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def is_trained(param: Tensor) -> bool:
     """Whether a parameter's state is to have a place: it may get gradients, or has one, and can be stepped.
     Not yet so are those of lazy modules and on the meta device."""
@@ -218,24 +236,19 @@ def is_trained(param: Tensor) -> bool:
     return _fault(param) is None
 
 
-def check_new_param(param: Tensor, name: str, stochastic: bool = False) -> None:
+def check_new_param(param: Tensor, name: str, stochastic: bool) -> None:
     """Of a parameter that is handed over. What is frozen or not there yet may be anything until it is
-    stepped. ``stochastic``: somebody asks for stochastic rounding.
+    stepped.
 
     Raises:
         TypeError, ValueError: it requires gradients, and a step would refuse it.
     """
     if param.requires_grad and _is_there(param):
-        check_param(param, name)
-        if stochastic and param.dtype is torch.float16:
-            raise ValueError(
-                f"{name} has dtype torch.float16, and stochastic_rounding=True is for bfloat16: fp16 ends at "
-                "6e-8, where it would still lose small updates; use master_weights=True"
-            )
+        check_param(param, name, stochastic)
 
 
-def check_param(param: Tensor, name: str) -> None:
-    """Of a parameter that is stepped.
+def check_param(param: Tensor, name: str, stochastic: bool) -> None:
+    """Of a parameter that is stepped. ``stochastic``: somebody asks for stochastic rounding.
 
     Raises:
         TypeError, ValueError: there is no update for such tensors.
@@ -243,6 +256,11 @@ def check_param(param: Tensor, name: str) -> None:
     if fault := _fault(param):
         error, what = fault
         raise error(f"{name} {what}")
+    if stochastic and param.dtype is torch.float16:
+        raise ValueError(
+            f"{name} has dtype torch.float16, and stochastic_rounding=True is for bfloat16: fp16 ends at "
+            "6e-8, where it would still lose small updates; use master_weights=True"
+        )
 
 
 def _is_there(param: Tensor) -> bool:

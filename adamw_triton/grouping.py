@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from adamw_triton.arguments import is_flattened
+
 _NORM = re.compile(r"Norm(\dd|Gated)?$")
 _EMBEDDING = re.compile(r"Embeddings?(Bag)?$")
 _EMBEDDED = re.compile(r"embed|tokens?$")
@@ -111,6 +113,11 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, whose structure tells the layers, got {model!r:.60}")
     _check_numbers(weight_decay, lr, layer_decay)
+    if any(map(is_flattened, model.parameters())):
+        raise ValueError(
+            "FSDP (version 1) has flattened the parameters of model, and every one is a vector now: call "
+            "param_groups() before it is wrapped, with use_orig_params=True"
+        )
     places = [
         _Place(f"{path}.{name}".lstrip("."), module, param)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -154,11 +161,18 @@ def _check_numbers(weight_decay: object, lr: object, layer_decay: object) -> Non
         allowed = "above 0 and at most 1" if name == "layer_decay" else "finite and >= 0"
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number {allowed}, or None, got {value!r:.60}")
-        number = float(value)
+        number = _as_float(value)
         if not (0 < number <= 1 if name == "layer_decay" else 0 <= number < math.inf):
             raise ValueError(f"Invalid {name}: {value}; it must be {allowed}")
     if layer_decay is not None and lr is None:
         raise ValueError(f"layer_decay={layer_decay} needs lr, from which the learning rates of layers fall")
+
+
+def _as_float(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _spared(places: list[_Place], no_decay: Iterable[str]) -> set[str]:

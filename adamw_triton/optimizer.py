@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 
 from adamw_triton import checkpoint
 from adamw_triton.arguments import (
+    OF_THE_OPTIMIZER,
     VARIANTS,
     check_capture,
     check_clipping,
@@ -88,12 +89,17 @@ class AdamW(torch.optim.Optimizer):
             average of its norm, which is state (AdaGC, arXiv:2502.11034): a spike in one tensor leaves the
             others alone. In its first 100 steps a parameter learns its average, the smallest norm so far, and
             is not held; the paper clips by a global norm of 1 then, as ``max_grad_norm=1.0`` does beside it.
-            Of both limits the lower one holds. Gradients of norm 0 teach nothing.
+            Of both limits the lower one holds. Gradients of norm 0 teach nothing. Not for what begins with
+            gradients near zero, as LoRA's A does: the average follows by 0.1% a step, and would hold them
+            for long.
         nonfinite: what becomes of a step with NaN or Inf among its gradients. ``"propagate"``: they go into
             weights and state. ``"skip"``: nothing changes, no weight, state or step count, and
             ``skipped_steps`` counts; step counts are on the GPU then. ``"raise"``: an error names tensors
             before anything is written, for which every step waits for the GPU. A norm above 3.4e38 counts as
             Inf.
+
+            All three look at the gradients that this optimizer has. Where each rank has its own, norms are of
+            a part: what FSDP (version 1) has flattened is refused, of ZeRO's partitions nothing is known.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -113,6 +119,14 @@ class AdamW(torch.optim.Optimizer):
     _places: Reservations
     _whole: WholeSteps
     _clipping: Clipping
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_THE_OPTIMIZER and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is decided when an optimizer is made: make another one with {name}={value!r} and "
+                "load this one's state_dict() into it"
+            )
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -142,7 +156,7 @@ class AdamW(torch.optim.Optimizer):
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
         weights = check_weights(variant, master_weights, stochastic_rounding)
-        check_clipping(max_grad_norm, adaptive_clip, nonfinite)
+        check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights)
         self.variant = variant
         self.memory_budget = memory_budget
@@ -185,7 +199,8 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Since this optimizer was made or loaded, by ``nonfinite="skip"``. Waits for the last step."""
+        """By ``nonfinite="skip"`` since this optimizer was made; state dicts do not have it. Waits for the
+        last step."""
         return self._clipping.skipped
 
     @property
@@ -424,13 +439,9 @@ class AdamW(torch.optim.Optimizer):
         # Buffers and tables are rebuilt from ``state`` at the next step.
         self._whole.check()
         self._store.renew(self.state)
-        kept = (
-            "variant", "memory_budget", "transfer", "block_size", "capturable", "master_weights",
-            "stochastic_rounding", "max_grad_norm", "adaptive_clip", "nonfinite",
-            "_chooser",
-        )  # fmt: skip
         state = checkpoint.cut(self.state, self._store.slots)
-        return {**super().__getstate__(), "state": state, **{name: getattr(self, name) for name in kept}}
+        kept = {name: getattr(self, name) for name in (*OF_THE_OPTIMIZER, "_chooser")}
+        return {**super().__getstate__(), "state": state, **kept}
 
     def _reset(self) -> None:
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.

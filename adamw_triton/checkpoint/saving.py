@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from adamw_triton.arguments import named
+from adamw_triton.arguments import is_flattened, named
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
@@ -68,7 +68,7 @@ class Writer:
             return self.state_format == "portable"
         # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
         # and of one dtype survive.
-        if not getattr(param, "_fsdp_flattened", False) or "exp_avg_codes" not in entry:
+        if not is_flattened(param) or "exp_avg_codes" not in entry:
             return False
         _say_portable()
         return True

@@ -14,10 +14,11 @@ class ReportCallback(TrainerCallback):
     """Prints the plan once it is made, and logs where the optimizer's state is, beside each training loss.
 
     Every ``logging_steps`` steps the log gains ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and
-    ``optimizer_bytes/staging``. Where the optimizer clips or looks for NaN, ``grad_norm`` is the norm that it
-    found, and ``skipped_steps`` what it skipped. One of ``Trainer(callbacks=[...])`` is called after those of
-    W&B, TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers then,
-    these do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
+    ``optimizer_bytes/staging``. Where the optimizer clips or looks for NaN, ``skipped_steps`` is what it
+    skipped, and ``grad_norm`` the norm that it found, unless the Trainer has clipped before and knows
+    better. One of ``Trainer(callbacks=[...])`` is called after those of W&B, TensorBoard and their kind: the
+    console and ``trainer.state.log_history`` have the numbers then, these do not.
+    ``ReportCallback.attach(trainer)`` puts a callback in front of them.
 
     Other optimizers than ours are left alone.
     """
@@ -50,7 +51,9 @@ class ReportCallback(TrainerCallback):
             f"optimizer_bytes/{place}": memory[place] for place in ("gpu", "host", "staging")
         }
         if ours.grad_norm is not None:
-            found |= {"grad_norm": float(ours.grad_norm), "skipped_steps": ours.skipped_steps}
+            found["skipped_steps"] = ours.skipped_steps
+            if not (args.max_grad_norm and "grad_norm" in logs):
+                found["grad_norm"] = float(ours.grad_norm)
         logs.update(found)
         if state.log_history:  # the Trainer has copied the logs there already
             state.log_history[-1].update(found)

@@ -161,7 +161,7 @@ class Reservations:
         ready = self.intact(stepped.groups, state)
         kept = self._kept_for(stepped.facts) if ready else None
         if kept is None:
-            stepped.check()
+            stepped.check(self._chooser.must_keep == "stochastic")
         apart = kept.apart if kept else Apart(stepped)
         apart.check(stepped)
         if kept is None:

@@ -136,7 +136,11 @@ class Store:
             for slot in left:
                 slot.clear()
             if inexact := inexact + sum(arrival.inexact for arrival in kept):
-                _log.warning("%d weights were kept exactly and are no longer: master_weights is off", inexact)
+                _log.warning(
+                    "%d weights were kept exactly and are no longer: master_weights is off, or the weights "
+                    "have another dtype by now",
+                    inexact,
+                )
             self._remember(state)
             exact = [slot for slot in slots.values() if slot.format.weights == REMAINDER]
             self._unseen = [slot for slot in exact if slot.entry and slot.version is None]

@@ -50,6 +50,10 @@ class Chooser(Protocol):
         """How those of 16 bits are kept: one of ``formats.WEIGHTS``."""
 
     @property
+    def must_keep(self) -> str | None:
+        """That, if there is no choice."""
+
+    @property
     def policy(self) -> Policy: ...
 
     @property
@@ -82,6 +86,10 @@ class Fixed:
     weights: str = "nearest"
     plan: None = None
     decided: bool = True
+
+    @property
+    def must_keep(self) -> str:
+        return self.weights
 
     def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None: ...
 
@@ -138,6 +146,10 @@ class Auto:
     @property
     def weights(self) -> str:
         return self._weights[0] if self._taken is None else self._taken.weights
+
+    @property
+    def must_keep(self) -> str | None:
+        return self._weights[0] if len(self._weights) == 1 else None
 
     @property
     def policy(self) -> Policy:

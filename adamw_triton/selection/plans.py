@@ -217,7 +217,7 @@ class Plan:
         if kept == "exact" and self.chosen:
             yield f"16-bit weights are kept exactly: {format_bytes(self.chosen.weight_bytes)} of the state."
         better = [candidate for candidate in self.candidates if candidate.weights != kept]
-        if better and better[0] is self.candidates[0]:
+        if self.chosen and better and better[0] is self.candidates[0]:
             least = min(better, key=lambda each: (each.bits, each.gpu_bytes))
             how = {"stochastic": "rounded stochastically", "nearest": "rounded to nearest"}[kept]
             yield f"16-bit weights are {how}: exact ones fit nowhere ({least.name}: {least.obstacle})."

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import NONFINITE
+from adamw_triton.arguments import NONFINITE, is_flattened
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton_kernels import Verdict, norms_for
@@ -64,6 +64,8 @@ class Gradients:
 
     def norms(self, grads: Sequence[Tensor]) -> GradientNorms:
         if not self._norms:
+            for slot in self._slots:
+                _check_whole(slot)
             self._norms = {device: self._of(device, mine) for device, mine in self._of_device.items()}
         return {
             device: (norms, norms.of([grads[i] for i in self._of_device[device]]))
@@ -92,6 +94,15 @@ class Gradients:
         if judged.own:
             for buffer, slots, places in self._averaged:
                 buffer.norms[slots] = judged.own[buffer.device][1][places]
+
+
+def _check_whole(slot: Slot) -> None:
+    if is_flattened(slot.param):
+        raise ValueError(
+            f"{slot.name} is this rank's shard of what FSDP (version 1) has flattened: by its norm "
+            "max_grad_norm, adaptive_clip and nonfinite would go, and each rank its own way. Leave them off "
+            "and call the model's clip_grad_norm_()"
+        )
 
 
 class Clipping:

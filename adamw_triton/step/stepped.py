@@ -74,13 +74,16 @@ class Stepped:
         """Of each parameter's group."""
         return list(itertools.chain.from_iterable([i] * n for i, n in enumerate(self.facts[1])))
 
-    def check(self) -> None:
+    def check(self, stochastic: bool = False) -> None:
         """
+        Args:
+            stochastic: somebody asks for stochastic rounding.
+
         Raises:
             RuntimeError, TypeError, ValueError: what is wrong with which parameter, or its gradient.
         """
         for param, grad, name in zip(self.params, self.grads, self.names, strict=True):
-            check_param(param, name)
+            check_param(param, name, stochastic)
             check_grad(param, grad, name)
 
 

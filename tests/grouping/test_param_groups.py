@@ -316,6 +316,7 @@ NUMBER = "must be a number finite and >= 0, or None"
             ValueError,
             "Invalid layer_decay: 1.1; it must be above 0 and at most 1",
         ),
+        ({"lr": 10**400}, ValueError, "Invalid lr: 1000"),
         ({"lr": 1.0, "layer_decay": 0}, ValueError, "Invalid layer_decay: 0"),
         ({"lr": 1.0, "layer_decay": -0.5}, ValueError, "Invalid layer_decay: -0.5"),
         ({"lr": 1.0, "layer_decay": math.nan}, ValueError, "Invalid layer_decay: nan"),
@@ -331,6 +332,13 @@ NUMBER = "must be a number finite and >= 0, or None"
 def test_refusals(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         param_groups(language_model(), **settings)
+
+
+def test_what_fsdp_has_flattened_has_no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model()
+    next(model.parameters())._fsdp_flattened = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"FSDP \(version 1\).*before it is wrapped"):
+        param_groups(model)
 
 
 def test_layers_are_needed_for_their_decay() -> None:

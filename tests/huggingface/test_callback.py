@@ -68,6 +68,19 @@ def test_the_norm_that_was_clipped(tmp_path: Path) -> None:
     assert [entry["skipped_steps"] for entry in entries] == [0, 0, 1, 1, 1, 1]
 
 
+def test_the_norm_before_the_trainer_clipped_is_left_alone(tmp_path: Path) -> None:
+    logged = []
+    for callbacks in ([], [ReportCallback()]):
+        args = arguments(
+            tmp_path, "adamw_triton_8bit", logging_steps=1, optim_args="nonfinite=skip", max_grad_norm=1e-3
+        )
+        trained = trainer(args, llama(), callbacks=callbacks)
+        trained.train()
+        logged.append([entry["grad_norm"] for entry in trained.state.log_history if "loss" in entry])
+    assert logged[0] == logged[1]
+    assert min(logged[0]) > 2e-3
+
+
 @pytest.mark.parametrize("attached", [True, False])
 def test_attached_it_is_before_the_callbacks_that_send_logs_away(attached: bool, tmp_path: Path) -> None:
     seen = Seen()

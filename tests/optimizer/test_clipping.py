@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamw_triton import AdamW
+from adamw_triton.arguments import OF_THE_OPTIMIZER
 from adamw_triton.step import clipping
 from adamw_triton_kernels import launch, norms_for
 from tests.optimizer.problems import DTYPES, bits, copies, parameters, set_grads, state_bits, train
@@ -312,7 +315,7 @@ def test_over_several_devices() -> None:
         assert judging.skipped == int(bad)
 
 
-@pytest.mark.parametrize("most", [0, -1.0, math.nan, True, "1"])
+@pytest.mark.parametrize("most", [0, -1.0, math.nan, True, "1", 10**400])
 def test_what_is_no_norm(most: Any) -> None:
     with pytest.raises(ValueError, match="max_grad_norm"):
         AdamW(parameters(), max_grad_norm=most)
@@ -321,5 +324,37 @@ def test_what_is_no_norm(most: Any) -> None:
 def test_unknown_nonfinite() -> None:
     with pytest.raises(ValueError, match=r"nonfinite: 'ignore'.*propagate, skip, raise"):
         AdamW(parameters(), nonfinite="ignore")
+    with pytest.raises(ValueError, match=r"nonfinite: array.*propagate, skip, raise"):
+        AdamW(parameters(), nonfinite=numpy.array(["skip", "raise"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_grad_norm.*whole optimizer"):
         AdamW([{"params": parameters(), "max_grad_norm": 1.0}])
+    with pytest.raises(ValueError, match=r"nonfinite='raise'.*capturable=True use nonfinite='skip'"):
+        AdamW(parameters(), nonfinite="raise", capturable=True, variant="8bit")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    AdamW(parameters(), max_grad_norm=numpy.float32(1), adaptive_clip=numpy.int64(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
+def test_what_was_decided_cannot_be_set(name: str) -> None:
+    """It would do nothing, or something only after the next load."""
+    optimizer = AdamW(parameters())
+    value = getattr(optimizer, name)
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        with pytest.raises(
+            AttributeError, match=rf"{name} is decided when an optimizer is made: .*state_dict"
+        ):
+            setattr(each, name, value)
+
+
+@pytest.mark.parametrize("how", [{"max_grad_norm": 1.0}, {"adaptive_clip": 1.05}, {"nonfinite": "skip"}])
+def test_norms_of_shards_are_refused(how: dict[str, Any]) -> None:
+    params = parameters()
+    params[1]._fsdp_flattened = True  # type: ignore[attr-defined]
+    before = bits(params)
+    optimizer = AdamW(params, **how)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 is this rank's shard .*FSDP"):
+        optimizer.step()
+    assert bits(params) == before

@@ -300,6 +300,20 @@ def test_what_cannot_be_is_refused(arguments: dict[str, Any], dtype: torch.dtype
         AdamW(made(SIZES, dtype), **arguments)
 
 
+@pytest.mark.parametrize("variant", ["auto", "8bit"])
+@pytest.mark.parametrize("later", ["frozen", "bf16"])
+def test_fp16_that_comes_later_is_not_rounded_to_nearest_unasked(variant: str, later: str) -> None:
+    param = Parameter(torch.ones(5000, dtype=torch.bfloat16 if later == "bf16" else torch.float16))
+    param.requires_grad_(later == "bf16")
+    ours = AdamW([param], variant=variant, stochastic_rounding=True)
+    param.data = param.data.half()
+    param.requires_grad_(True)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 has dtype torch\.float16, and stochastic"):
+        ours.step()
+    assert (param == 1).all()
+
+
 def test_moved_to_another_dtype_the_weight_is_still_trained() -> None:
     """``model.float()`` and back: the exact part goes, and no other number."""
     params = made(SIZES, torch.bfloat16)
