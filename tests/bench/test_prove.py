@@ -252,7 +252,7 @@ def test_a_process_that_hangs_is_stopped_with_all_it_started(
 def test_a_process_that_is_asked_in_time_leaves_what_it_has(tmp_path: Path) -> None:
     left = f"open({str(tmp_path / 'x')!r}, 'w').close()"
     code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {left}"
-    assert children.run([sys.executable, "-c", code], 2, children.environment()) is None
+    assert children.run([sys.executable, "-c", code], 6, children.environment()) is None
     assert (tmp_path / "x").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -67,3 +68,5 @@ def main(rank: int, meeting: str, variant: str, use_orig_params: bool, kind: str
 if __name__ == "__main__":
     rank, meeting, variant, use_orig_params, kind = sys.argv[1:]
     main(int(rank), meeting, variant, use_orig_params == "True", kind)
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads abort now and then while Python tears down what is left
