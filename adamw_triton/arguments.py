@@ -40,7 +40,7 @@ BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "adaptive_clip", "nonfinite", "capturable",
+    "max_grad_norm", "adaptive_clip", "nonfinite", "capturable", "gradient_release",
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
@@ -109,6 +109,31 @@ def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object, ca
         raise ValueError(
             "nonfinite='raise' has the host look at the gradients, which it cannot at the replays of a CUDA "
             "graph: with capturable=True use nonfinite='skip'"
+        )
+
+
+def check_release(gradient_release: object, max_grad_norm: float | None, capturable: bool) -> None:
+    if not isinstance(gradient_release, bool):
+        raise ValueError(f"Invalid gradient_release: {gradient_release!r}; it must be True or False")
+    if gradient_release and max_grad_norm is not None and max_grad_norm < math.inf:
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm} needs the norm of all gradients before any is used up, as "
+            "gradient_release=True does with each as it comes: clip each by itself, adaptive_clip=1.05, or "
+            "see the norm alone, max_grad_norm=math.inf"
+        )
+    if gradient_release and capturable:
+        raise ValueError(
+            "gradient_release=True and capturable=True exclude each other: what is released is stepped by "
+            "autograd, which a CUDA graph does not call"
+        )
+
+
+def check_unscaled(released: bool, found_inf: Tensor | None, scale: float | Tensor | None) -> None:
+    """Of a step that a gradient scaler takes."""
+    if released and (found_inf is not None or scale is not None):
+        raise RuntimeError(
+            "a gradient scaler came with its scale when gradient_release=True had used up the scaled "
+            "gradients: train in bf16, which needs no scaler, or with gradient_release=False"
         )
 
 

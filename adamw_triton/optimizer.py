@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ from adamw_triton.arguments import (
     check_movable,
     check_new_param,
     check_paging,
+    check_release,
+    check_unscaled,
     check_variant,
     check_weights,
     name_of,
+    named,
 )
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
-from adamw_triton.places.reservations import Reservations
+from adamw_triton.places.reservations import KEPT_BATCHES, KEPT_BUCKETS, Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
@@ -35,6 +39,7 @@ from adamw_triton.state.buffers import Scalars, begin_anew
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
+from adamw_triton.step.release import Release
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
 from adamw_triton_kernels import tables
@@ -100,6 +105,13 @@ class AdamW(torch.optim.Optimizer):
 
             All three look at the gradients that this optimizer has. Where each rank has its own, norms are of
             a part: what FSDP (version 1) has flattened is refused, of ZeRO's partitions nothing is known.
+        gradient_release: step parameters while backward runs, some 64 MiB of gradients at a time, and free
+            these: they never are there all at once. What comes out is the same to the bit. ``step()`` closes
+            the step; hyperparameters are those at the time of backward. All backwards but the last before a
+            step belong into ``accumulating()`` (under accelerate and in a Trainer that is known). There is no
+            global norm before the end, so no ``max_grad_norm`` but ``inf``, which lets ``grad_norm`` be read;
+            ``adaptive_clip`` works. What ``nonfinite`` skips or refuses is a bucket, not the step, and
+            ``skipped_steps`` counts buckets. For one process, without a gradient scaler.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -116,6 +128,8 @@ class AdamW(torch.optim.Optimizer):
     max_grad_norm: float | None = None
     adaptive_clip: float | None = None
     nonfinite: str = PROPAGATE
+    gradient_release: bool = False
+    _release: Release | None = None
     _places: Reservations
     _whole: WholeSteps
     _clipping: Clipping
@@ -148,6 +162,7 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         adaptive_clip: float | None = None,
         nonfinite: str = "propagate",
+        gradient_release: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -157,6 +172,7 @@ class AdamW(torch.optim.Optimizer):
         budget = check_paging(variant, memory_budget, transfer)
         weights = check_weights(variant, master_weights, stochastic_rounding)
         check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
+        check_release(gradient_release, max_grad_norm, capturable)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights)
         self.variant = variant
         self.memory_budget = memory_budget
@@ -168,6 +184,7 @@ class AdamW(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.adaptive_clip = adaptive_clip
         self.nonfinite = nonfinite
+        self.gradient_release = gradient_release
         self._reset()
         defaults = {
             "lr": lr,
@@ -221,6 +238,8 @@ class AdamW(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if self._release is not None:
+            self._release.watch([group])
 
     # In a compiled training step this is a graph break. Compiled piece by piece, as it would be otherwise,
     # the arithmetic would round differently, and pages and launches would be traced.
@@ -251,25 +270,55 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         check_capture(self.capturable, found_inf)
+        scale = getattr(self, "grad_scale", None)
+        check_unscaled(self.gradient_release, found_inf, scale)
         if found_inf is not None and float(found_inf) != 0:
             return loss
         self._whole.check()
         self._chooser.watch()
-        with lasting(), self._store.hold():
-            self._update()
+        if self._release is not None:
+            self._release.close(self.param_groups)
+        else:
+            self._clipping.begin()
+            self._update(scale)
         return loss
 
-    def _update(self) -> None:
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Around every backward but the last before a step, with ``gradient_release``: their gradients are
+        added up where they are, and none is used yet. Without, it does nothing."""
+        return nullcontext() if self._release is None else self._release.accumulating()
+
+    def abandon_step(self) -> int:
+        """With ``gradient_release``, after a backward that failed: go on with some parameters a step ahead of
+        the others, whose gradients are dropped. How many they are."""
+        return 0 if self._release is None else self._release.abandon(self.param_groups)
+
+    def _name_of(self, param: Tensor) -> str:
+        return next((name for each, name in named(self.param_groups) if each is param), "a parameter")
+
+    def _released(self, params: Sequence[Tensor], first: bool) -> None:
+        """Update these parameters, while backward runs or at its end; ``first``: of this step."""
+        if first:
+            self._whole.check()
+            self._clipping.begin()
+        self._update(None, set(map(id, params)))
+
+    @lasting()
+    def _update(self, scale: float | Tensor | None, among: Collection[int] | None = None) -> None:
+        """Update the parameters that have gradients, or those of them that have these ids."""
+        with self._store.hold():
+            self._update_alone(scale, among)
+
+    def _update_alone(self, scale: float | Tensor | None, among: Collection[int] | None) -> None:
         for group in self.param_groups:
             check_group(group, VARIANTS[self.variant].bits, self._scalars.on_device)
-        stepped = Stepped.of(self.param_groups)
+        stepped = Stepped.of(self.param_groups, among)
         batch = self._places.batch_of(stepped, self.state)
         if batch is None:
             return
         self._store.reload(self.state)
         items = batch.items(stepped.params, stepped.grads)
         ordered = batch.in_order(items)
-        scale = getattr(self, "grad_scale", None)
         judged = self._judge(batch, ordered, scale, stepped) if self._clipping.active else None
         if judged is not None and judged.known_skipped():
             return
@@ -447,11 +496,15 @@ class AdamW(torch.optim.Optimizer):
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
         policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
         self._places = Reservations(
-            self._chooser, policy, self.transfer, self.block_size, scalars=self._scalars
-        )
+            self._chooser, policy, self.transfer, self.block_size, scalars=self._scalars,
+            kept_batches=KEPT_BUCKETS if self.gradient_release else KEPT_BATCHES,
+        )  # fmt: skip
         self._clipping = Clipping(self.max_grad_norm, self.adaptive_clip, self.nonfinite)
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
+        if self.gradient_release:
+            self._release = Release(self._released, self._name_of)
+            self._release.watch(self.__dict__.get("param_groups", ()))
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread

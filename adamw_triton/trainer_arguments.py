@@ -3,6 +3,7 @@ optimizer from. Knows the names of those arguments, and never imports transforme
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 import warnings
@@ -66,7 +67,15 @@ def optimizer_cls_and_kwargs(
     }
     found = {**kwargs, **parse_optim_args(getattr(args, "optim_args", None)), **settings}
     clipped = getattr(args, "max_grad_norm", None)
-    if found.get("max_grad_norm") is not None and clipped:
+    if found.get("gradient_release") and found.get("max_grad_norm") is None:
+        found["max_grad_norm"] = math.inf  # for the log: the Trainer's own pass finds no gradients
+        if clipped:
+            warnings.warn(
+                f"TrainingArguments(max_grad_norm={clipped}) clips nothing: with gradient_release=true no "
+                "gradient is left to it. Set max_grad_norm=0, and adaptive_clip=1.05 in optim_args",
+                stacklevel=2,
+            )
+    elif found.get("max_grad_norm") is not None and clipped:
         warnings.warn(
             f"gradients are clipped twice: by the Trainer to max_grad_norm={clipped}, and what is left "
             f"by the optimizer to {found['max_grad_norm']}; set TrainingArguments(max_grad_norm=0)",

@@ -16,9 +16,9 @@ class ReportCallback(TrainerCallback):
     Every ``logging_steps`` steps the log gains ``optimizer_bytes/gpu``, ``optimizer_bytes/host`` and
     ``optimizer_bytes/staging``. Where the optimizer clips or looks for NaN, ``skipped_steps`` is what it
     skipped, and ``grad_norm`` the norm that it found, unless the Trainer has clipped before and knows
-    better. One of ``Trainer(callbacks=[...])`` is called after those of W&B, TensorBoard and their kind: the
-    console and ``trainer.state.log_history`` have the numbers then, these do not.
-    ``ReportCallback.attach(trainer)`` puts a callback in front of them.
+    better (of released gradients it knows nothing). One of ``Trainer(callbacks=[...])`` is called after
+    those of W&B, TensorBoard and their kind: the console and ``trainer.state.log_history`` have the numbers
+    then, these do not. ``ReportCallback.attach(trainer)`` puts a callback in front of them.
 
     Other optimizers than ours are left alone.
     """
@@ -52,7 +52,7 @@ class ReportCallback(TrainerCallback):
         }
         if ours.grad_norm is not None:
             found["skipped_steps"] = ours.skipped_steps
-            if not (args.max_grad_norm and "grad_norm" in logs):
+            if ours.gradient_release or not (args.max_grad_norm and "grad_norm" in logs):
                 found["grad_norm"] = float(ours.grad_norm)
         logs.update(found)
         if state.log_history:  # the Trainer has copied the logs there already

@@ -23,8 +23,10 @@ from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Apart, Facts, Groups, Stepped
 from adamw_triton_kernels import tables
 
-_KEPT_BATCHES = 16
+KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
+KEPT_BUCKETS = 1024
+"""The same where a step has many sets."""
 
 
 class _Kept(NamedTuple):
@@ -47,8 +49,10 @@ class Reservations:
         block_size: int,
         *,
         scalars: Scalars = STEPS,
+        kept_batches: int = KEPT_BATCHES,
     ) -> None:
         self._chooser = chooser
+        self._most_batches = kept_batches
         self._block_size = block_size
         self.store = Store(policy, transfer, scalars=scalars)
         self._formats: list[tuple[Any, Any]] | None = None
@@ -167,10 +171,10 @@ class Reservations:
         if kept is None:
             tables.require_eager()
             if not (ready and self._have_places(set(map(id, stepped.params)), stepped.groups, state)):
-                if self.rehearse(stepped.groups, state, stepped.grads):
+                if stepped.among is None and self.rehearse(stepped.groups, state, stepped.grads):
                     return None
                 self.reserve(stepped.groups, state)
-            if len(self._batches) >= _KEPT_BATCHES:
+            if len(self._batches) >= self._most_batches:
                 self._batches.clear()
             kept = _Kept(stepped.facts, apart, self._batch(stepped))
             self._batches.append(kept)

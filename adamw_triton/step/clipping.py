@@ -15,7 +15,7 @@ from adamw_triton.arguments import NONFINITE, is_flattened
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton_kernels import Verdict, norms_for
-from adamw_triton_kernels.tables import capturing
+from adamw_triton_kernels.tables import capturing, has_float64
 from adamw_triton_kernels.work import SKIP, Adapting
 
 PROPAGATE, SKIPPED, RAISED = NONFINITE
@@ -117,12 +117,29 @@ class Clipping:
         self._factor = factor
         self._nonfinite = nonfinite
         self._skipped: dict[torch.device, Tensor] = {}
-        self.norm: Tensor | None = None
-        """Of the gradients of the last step, unscaled and not clipped: fp32, on a device of theirs."""
+        self._norms: list[Tensor] = []
+        """Of the gradients of the last step, bucket by bucket: unscaled, not clipped."""
+
+    def begin(self) -> None:
+        """Another step: what is judged from now on belongs to it."""
+        self._norms = []
 
     @property
     def active(self) -> bool:
         return (self._max_norm, self._factor, self._nonfinite) != (None, None, PROPAGATE)
+
+    @property
+    def norm(self) -> Tensor | None:
+        """Of the gradients of the last step: fp32, on a device of theirs."""
+        if len(self._norms) < 2:
+            return self._norms[0] if self._norms else None
+        device = self._norms[0].device
+        norms = torch.stack([norm.to(device) for norm in self._norms])
+        exact = (
+            torch.float64 if has_float64(device) else torch.float32
+        )  # a square of 1e30 is too much for fp32
+        total: Tensor = torch.linalg.vector_norm(norms.to(exact)).float()
+        return total
 
     @property
     def skipped(self) -> int:
@@ -144,7 +161,7 @@ class Clipping:
             RuntimeError: there are gradients that are not finite, and that is to be refused.
         """
         if not norms:
-            self.norm = torch.zeros(())
+            self._norms.append(torch.zeros(()))
             return Judged({}, {}, False, _never)
         outcomes, own = {}, {}
         for device, (mine, found) in norms.items():
@@ -156,11 +173,11 @@ class Clipping:
             if self._factor is not None:
                 own[device] = mine.adapt(found, outcome, Adapting(self._factor, scale))
         first = next(iter(outcomes.values()))
-        self.norm = first[1]
-        if self._nonfinite == RAISED and not self.norm.isfinite():  # the host waits
+        self._norms.append(first[1])
+        if self._nonfinite == RAISED and not first[1].isfinite():  # the host waits
             wrong = faults()
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-            what = "; ".join(wrong[:NAMED]) or f"all are finite, but their norm is {float(self.norm)}"
+            what = "; ".join(wrong[:NAMED]) or f"all are finite, but their norm is {float(first[1])}"
             raise RuntimeError(f"gradients are not finite, and nothing has been stepped: {what}{more}")
         skips = self._nonfinite == SKIPPED
         return Judged(outcomes, own, skips, _arrival(first) if skips else _never)

@@ -7,7 +7,7 @@ are the tensors checked."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,15 @@ class Stepped:
     Steps of equal facts are of the same parameters; they have to be kept alive for that."""
     addresses: tuple[list[int], list[int]]
     """Of parameters and of gradients."""
+    among: Collection[int] | None = None
+    """Ids of the parameters that may be stepped; None: all."""
 
     @classmethod
-    def of(cls, groups: Groups) -> Stepped:
+    def of(cls, groups: Groups, among: Collection[int] | None = None) -> Stepped:
         """
+        Args:
+            among: ids of the parameters that may be stepped; None: all.
+
         Raises:
             RuntimeError, TypeError, ValueError: a tensor is of a kind that cannot be stepped at all.
         """
@@ -46,7 +51,7 @@ class Stepped:
             before = len(params)
             for param in group["params"]:
                 grad = param.grad
-                if grad is not None:
+                if grad is not None and (among is None or id(param) in among):
                     params.append(param)
                     grads.append(grad)
             counts.append(len(params) - before)
@@ -55,9 +60,9 @@ class Stepped:
             facts: Facts = (list(map(id, params)), counts, there, *_facts(params), *_facts(grads))
             addresses = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
         except (RuntimeError, TypeError, ValueError):  # what is not strided has no strides to tell
-            cls(groups, params, grads, (), ([], [])).check()
+            cls(groups, params, grads, (), ([], []), among).check()
             raise
-        return cls(groups, params, grads, facts, addresses)
+        return cls(groups, params, grads, facts, addresses, among)
 
     @property
     def names(self) -> list[str]:
@@ -66,7 +71,7 @@ class Stepped:
             name_of(group, group_index, index)
             for group_index, group in enumerate(self.groups)
             for index, param in enumerate(group["params"])
-            if param.grad is not None
+            if param.grad is not None and (self.among is None or id(param) in self.among)
         ]
 
     @property

@@ -1,0 +1,62 @@
+"""Which parameters are stepped together while backward runs. Knows of no gradients but their sizes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+BUCKET_BYTES = 64 << 20
+"""Of gradients: enough for a launch to be worth its while, and little beside activations."""
+
+
+class Buckets:
+    """Parameters in the order in which their gradients arrive. A *bucket* is what arrives one after another
+    on a device until there are ``nbytes`` of gradients: learnt the first time, and kept, so that the launches
+    of a bucket can be kept too. What then arrives in another order waits for its bucket, but never with more
+    than two buckets' worth: beyond, all that is there is stepped as it is.
+    """
+
+    def __init__(self, nbytes: int = BUCKET_BYTES) -> None:
+        self._nbytes = nbytes
+        self._members: list[set[int]] = []
+        """Ids of parameters, by bucket."""
+        self._bucket_of: dict[int, int] = {}
+        self._waiting: dict[torch.device, dict[int, dict[int, Tensor]]] = defaultdict(dict)
+        """What has arrived and is not stepped: by device, and by bucket; those that have none yet under
+        ``_UNKNOWN``."""
+
+    def arrived(self, param: Tensor) -> list[list[Tensor]]:
+        """What is to be stepped now."""
+        waiting = self._waiting[param.device]
+        number = self._bucket_of.get(id(param), _UNKNOWN)
+        bucket = waiting.setdefault(number, {})
+        bucket[id(param)] = param
+        if sum(map(_nbytes, waiting.values())) > 2 * self._nbytes:
+            found = [self._take(waiting, each) for each in list(waiting)]
+        elif bucket.keys() == self._members[number] if number >= 0 else _nbytes(bucket) >= self._nbytes:
+            found = [self._take(waiting, number)]
+        else:
+            found = []
+        return found
+
+    def rest(self) -> list[list[Tensor]]:
+        """What has arrived and waits, at the end of a step."""
+        found = [self._take(waiting, each) for waiting in self._waiting.values() for each in list(waiting)]
+        self._waiting.clear()
+        return found
+
+    def _take(self, waiting: dict[int, dict[int, Tensor]], number: int) -> list[Tensor]:
+        bucket = waiting.pop(number)
+        if number == _UNKNOWN:
+            self._bucket_of |= dict.fromkeys(bucket, len(self._members))
+            self._members.append(set(bucket))
+        return list(bucket.values())
+
+
+_UNKNOWN = -1
+
+
+def _nbytes(bucket: dict[int, Tensor]) -> int:
+    return sum(param.nbytes for param in bucket.values())

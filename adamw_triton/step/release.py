@@ -1,0 +1,177 @@
+"""Gradient release: what has its gradient is stepped while backward runs, and the gradient is freed.
+
+A hook on each parameter hears when its gradient is final in a backward: after all contributions of a tied
+one, and with all that has been accumulated before. From then on the order is that of any step, for a bucket
+of parameters: ``update``. ``step()`` closes the step: what is left over is updated.
+
+Weights are therefore a step ahead before ``step()`` is called, some of them before others. A second backward
+cannot add to what has been used up, and one that fails leaves a step half done: both are said by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from adamw_triton.step.buckets import Buckets
+
+Update = Callable[[Sequence[Tensor], bool], None]
+"""Of parameters, by their gradients; whether they are the first of a step."""
+
+
+class Release:
+    """Args:
+    update: a bound method, which updates these parameters by their gradients. It is held weakly.
+    name: what a message calls a parameter.
+    """
+
+    def __init__(self, update: Update, name: Callable[[Tensor], str]) -> None:
+        self._update, self._name = weakref.WeakMethod(update), weakref.WeakMethod(name)
+        self._buckets = Buckets()
+        self._hooks: dict[int, Any] = {}
+        self._ahead: set[int] = set()
+        """Ids of parameters that have been stepped since the last ``close``."""
+        self._running: set[int] = set()
+        """Backwards that have not come to their end, by the engine's number."""
+        self._accumulating = 0
+        self._lock = threading.RLock()  # each device has a thread of autograd's
+
+    def __del__(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+
+    def watch(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Hear of the gradients of all parameters that require some by now."""
+        for group in groups:
+            for param in group["params"]:
+                can = param.requires_grad and param.is_leaf and not is_lazy(param)
+                if can and id(param) not in self._hooks:
+                    self._hooks[id(param)] = param.register_post_accumulate_grad_hook(_Hook(self))
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around backwards that are not the last before a step. (A step ends it, whatever happens.)"""
+        self._accumulating += 1
+        try:
+            yield
+        finally:
+            self._accumulating = max(0, self._accumulating - 1)
+
+    def arrived(self, param: Tensor) -> None:
+        """The gradient of a parameter is final in this backward."""
+        if self._accumulating or not _syncs():
+            return
+        with self._lock:
+            if id(param) in self._ahead:
+                raise RuntimeError(self._twice(param))
+            _check_alone()
+            self._note_backward()
+            for bucket in self._buckets.arrived(param):
+                self._step(bucket)
+
+    def close(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Step what is left over: there are no gradients any more.
+
+        Raises:
+            RuntimeError: backward has failed, with some parameters stepped already.
+        """
+        with self._lock:
+            if self._ahead and self._running:
+                raise RuntimeError(self._failed())
+            self._buckets.rest()
+            params = [param for group in groups for param in group["params"]]
+            if left := [param for param in params if param.grad is not None]:
+                self._step(left)
+            self._begin()
+            self.watch(groups)
+
+    def abandon(self, groups: Iterable[Mapping[str, Any]]) -> int:
+        """Drop all gradients, and let what has been stepped be; how many parameters that were."""
+        with self._lock:
+            ahead = len(self._ahead)
+            for group in groups:
+                for param in group["params"]:
+                    param.grad = None
+            self._buckets.rest()
+            self._begin()
+            return ahead
+
+    def _begin(self) -> None:
+        self._ahead.clear()
+        self._running.clear()
+        self._accumulating = 0
+
+    def _step(self, params: Sequence[Tensor]) -> None:
+        update = self._update()
+        if update is None:
+            return
+        with torch.no_grad():
+            update(params, not self._ahead)
+        for param in params:
+            param.grad = None
+        self._ahead.update(map(id, params))
+
+    def _note_backward(self) -> None:
+        task: int = torch._C._current_graph_task_id()
+        if task not in self._running:
+            self._running.add(task)
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._running.discard(task))
+
+    def _twice(self, param: Tensor) -> str:
+        name = self._name()
+        called = "a parameter" if name is None else name(param)
+        if self._running - {torch._C._current_graph_task_id()}:
+            return self._failed()
+        return (
+            f"gradient_release: {called} has got a second gradient before step(), and the first one is used "
+            "up: all backwards but the last before a step belong into `with optimizer.accumulating():`. "
+            "(Reentrant checkpoints of layers that share a parameter have several in one backward: use "
+            "use_reentrant=False)"
+        )
+
+    def _failed(self) -> str:
+        return (
+            f"gradient_release: a backward has failed after {len(self._ahead)} of {len(self._hooks)} "
+            "parameters were stepped, which are a step ahead of the others. Load a checkpoint of the model "
+            "and of the optimizer; or go on as it is, by optimizer.abandon_step()"
+        )
+
+
+class _Hook:
+    """Knows the release weakly: parameters outlive optimizers. It is not copied with a parameter."""
+
+    def __init__(self, release: Release) -> None:
+        self._release = weakref.ref(release)
+
+    def __call__(self, param: Tensor) -> None:
+        release = self._release()
+        if release is not None:
+            release.arrived(param)
+
+
+def _syncs() -> bool:
+    """Whether the backward that runs is the last before a step, if it is accelerate (and a Trainer) that
+    counts them."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None or not accelerate.GradientState._shared_state:
+        return True
+    return bool(accelerate.GradientState().sync_gradients)
+
+
+def _check_alone() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"gradient_release=True is for one process, and there are {distributed.get_world_size()}: DDP "
+            "would average gradients after they have been used up. Make the optimizer with "
+            "gradient_release=False"
+        )

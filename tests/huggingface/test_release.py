@@ -1,0 +1,87 @@
+"""Gradient release in an unmodified Trainer: the run without it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import torch
+
+from adamw_triton.huggingface import ReportCallback
+from adamw_triton.step import buckets
+from tests.huggingface.tiny import arguments, bits, llama, losses, optimizer_of, trainer
+
+BUCKET = 30_000
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets.Buckets.__init__, "__defaults__", (BUCKET,))
+
+
+def trained(folder: Path, optim_args: str, resume: Any = None, **changes: Any) -> Any:
+    settings = {"max_grad_norm": 0, "optim_args": optim_args, "gradient_accumulation_steps": 4, **changes}
+    run = trainer(
+        arguments(folder, "paged_adamw_triton_8bit", **settings),
+        llama(dtype=torch.bfloat16, tie_word_embeddings=True),
+        callbacks=[ReportCallback()],
+    )
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+EXACT = "master_weights=true,max_grad_norm=inf"
+
+
+def test_loss_bits_and_norm_of_a_run_without(tmp_path: Path) -> None:
+    plain = trained(tmp_path / "plain", EXACT)
+    released = trained(tmp_path / "released", "master_weights=true,gradient_release=true")
+    assert bits(plain.model) == bits(released.model)
+    assert losses(plain) == losses(released)
+    norms = [
+        [entry["grad_norm"] for entry in run.state.log_history if "loss" in entry]
+        for run in (plain, released)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert min(norms[1]) > 0
+    assert optimizer_of(released)._release is not None
+
+
+def test_resumed_to_the_bit(tmp_path: Path) -> None:
+    release = "master_weights=true,gradient_release=true"
+    whole = trained(tmp_path, release, save_strategy="steps", save_steps=3)
+    resumed = trained(tmp_path / "again", release, resume=str(tmp_path / "checkpoint-3"))
+    assert bits(whole.model) == bits(resumed.model)
+
+
+def test_few_gradients_are_alive_and_none_is_left(tmp_path: Path) -> None:
+    run = trainer(
+        arguments(tmp_path, "adamw_triton_8bit", max_grad_norm=0, optim_args="gradient_release=true"), llama()
+    )
+    run.create_optimizer()
+    params, alive = list(run.model.parameters()), []
+
+    def note(_: torch.Tensor) -> None:
+        alive.append(sum(p.grad.nbytes for p in params if p.grad is not None))
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(note)
+    run.train()
+    assert max(alive) <= 2 * BUCKET + max(p.nbytes for p in params)
+    assert sum(p.nbytes for p in params) > 4 * BUCKET
+    assert all(p.grad is None for p in params)
+
+
+def test_the_trainers_own_limit_gets_one_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trained(tmp_path, "gradient_release=true", max_grad_norm=1.0, max_steps=2)
+    said = [str(each.message) for each in seen if "max_grad_norm" in str(each.message)]
+    assert len(said) == 1
+    assert "clips nothing: with gradient_release=true no gradient is left" in said[0]
