@@ -60,7 +60,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(parameters(), **arguments)
 
 
-@pytest.mark.parametrize("key", ["gradient_release", "telemetry"])
+@pytest.mark.parametrize("key", ["telemetry"])
 def test_no_keyword_exists_before_it_works(key: str) -> None:
     with pytest.raises(TypeError, match=key):
         AdamW(parameters(), **{key: True})  # type: ignore[arg-type]
