@@ -4,15 +4,18 @@
     compute          | upd 0| upd 1| upd 2| upd 3|...
     outbound                |copy 0|copy 1|copy 2|copy 3|
 
-Each page takes the next of a few staging buffers. The four waits that make this right are in
-``Pager._copying``; the tests run it in every order they allow, and without each. The last pages go out
-while the next forward runs.
+Each page takes the next of a few staging buffers, from one walk to the next. The waits that make this right
+are in ``Pager._bring`` and ``Pager._copying``; the tests run it in every order they allow, and without each.
+The last pages go out while the next forward runs, and ``fetch`` has pages come in before their update is
+known.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +33,17 @@ Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
 """Pages, and what updates each, given its arrays where the device has them."""
 
 
+@dataclass(eq=False)
+class Stage:
+    """A staging buffer."""
+
+    memory: Tensor
+    page: Page | None = None
+    """Whose state was here last."""
+    left: Event | None = None
+    """After it, that is on the host again."""
+
+
 class Pager:
     """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates."""
 
@@ -41,7 +55,11 @@ class Pager:
         self._device = device
         self._choice = Choice(device, transfer)
         self._transfer = COPY
-        self._ring: list[Tensor] = []
+        self._ring: list[Stage] = []
+        self._turn = 0
+        self._in_place_until: Event | None = None
+        self._ahead: deque[tuple[Stage, Event]] = deque()
+        """Stages whose pages have been fetched, and when they are there."""
         self._reached: weakref.WeakKeyDictionary[StateBuffer, bool] = weakref.WeakKeyDictionary()
 
     def __del__(self) -> None:
@@ -49,7 +67,7 @@ class Pager:
 
     @property
     def staging_bytes(self) -> int:
-        return sum(stage.numel() for stage in self._ring)
+        return sum(stage.memory.numel() for stage in self._ring)
 
     def prepare(self, work: Work, ring: Ring) -> None:
         """Choose the way, and make the staging buffers that it needs: all that can fail before a step.
@@ -61,7 +79,7 @@ class Pager:
         if self._transfer == ZERO_COPY:
             if self._choice.settled:
                 self.free()
-        elif len(self._ring) < ring.stages or self._ring[0].numel() < ring.stage_bytes:
+        elif len(self._ring) < ring.stages or self._ring[0].memory.numel() < ring.stage_bytes:
             self.free()
             self._ring = self._allocate(ring)
             self._device.inbound.wait(self._device.compute.record())  # earlier work may use that memory
@@ -81,48 +99,81 @@ class Pager:
         """
         begin = self._device.compute.record()
         try:
-            self._last = self._in_place(work) if self._transfer == ZERO_COPY else self._copying(work, stop)
+            if self._transfer == ZERO_COPY:
+                self._in_place(work)
+            else:
+                self._copying(work, stop or _never)
         except BaseException:
             self._device.synchronize()  # what is queued uses memory that may be freed now
             raise
-        if stop is not None and stop():
+        if self._last is None or (stop is not None and stop()):
             return  # of what has not moved there is nothing to learn
         nbytes = sum(array.nbytes for page, _ in work for array in page.arrays().values())
         self._choice.ran(self._transfer, nbytes, begin, self._last)
 
-    def _copying(self, work: Work, stop: Callable[[], bool] | None) -> Event:
-        inbound, compute, outbound = self._device.inbound, self._device.compute, self._device.outbound
-        if self._last is not None:
-            inbound.wait(self._last)  # the page may be still on its way out, and so may the stages
-        left: list[Event] = []
-        for number, (page, update) in enumerate(work):
-            if stop is not None and stop():
+    def fetch(self, pages: Sequence[Page]) -> None:
+        """Have pages come in that the next walk will begin with, as many as there are stages. If it begins
+        with others, or ``forget`` is called, they came in vain. Until then nobody else may write them."""
+        if self._transfer != COPY:
+            return
+        for page in pages[: len(self._ring) - len(self._ahead)]:
+            if any(_overlap(stage.page, page) for stage, _ in self._ahead):
+                return  # it is not what it will be
+            self._ahead.append(self._bring(page))
+
+    def forget(self) -> None:
+        """What was fetched may not be used any more."""
+        while self._ahead:
+            self._device.finish(self._ahead.popleft()[1])
+
+    def _bring(self, page: Page) -> tuple[Stage, Event]:
+        """Into the next stage."""
+        inbound, stage = self._device.inbound, self._ring[self._turn % len(self._ring)]
+        self._turn += 1
+        if stage.left is not None:
+            inbound.wait(stage.left)
+        for other in self._ring:
+            if other.left is not None and _overlap(other.page, page):
+                inbound.wait(other.left)
+        stage.page, stage.left = page, None
+        arrays = page.arrays()
+        staged = carve(stage.memory, arrays)
+        for name in arrays:
+            inbound.copy(staged[name], arrays[name])
+        return stage, inbound.record()
+
+    def _copying(self, work: Work, stop: Callable[[], bool]) -> None:
+        if self._in_place_until is not None:
+            self._device.inbound.wait(self._in_place_until)
+            self._in_place_until = None
+        compute, outbound = self._device.compute, self._device.outbound
+        for page, update in work:
+            if stop():
                 break
-            if number >= len(self._ring):
-                inbound.wait(left[number - len(self._ring)])
+            if self._ahead and self._ahead[0][0].page != page:
+                self._ahead.clear()
+            stage, there = self._ahead.popleft() if self._ahead else self._bring(page)
             arrays = page.arrays()
-            staged = carve(self._ring[number % len(self._ring)], arrays)
-            for name in arrays:
-                inbound.copy(staged[name], arrays[name])
-            compute.wait(inbound.record())
+            staged = carve(stage.memory, arrays)
+            compute.wait(there)
             compute.run(partial(update, staged))
             outbound.wait(compute.record())
             for name in arrays:
                 outbound.copy(arrays[name], staged[name])
-            left.append(outbound.record())
-        return left[-1] if left else compute.record()
+            self._last = stage.left = outbound.record()
 
-    def _in_place(self, work: Work) -> Event:
+    def _in_place(self, work: Work) -> None:
+        self._ahead.clear()  # what has come in is old
         compute = self._device.compute
         if self._last is not None:
             compute.wait(self._last)
         for page, update in work:
             compute.run(partial(update, page.arrays()))
-        return compute.record()
+        self._last = self._in_place_until = compute.record()
 
-    def _allocate(self, ring: Ring) -> list[Tensor]:
+    def _allocate(self, ring: Ring) -> list[Stage]:
         try:
-            return [self._device.allocate(ring.stage_bytes) for _ in range(ring.stages)]
+            return [Stage(self._device.allocate(ring.stage_bytes)) for _ in range(ring.stages)]
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"paging needs {ring.stages} staging buffers of {format_bytes(ring.stage_bytes)} on the GPU, "
@@ -132,6 +183,7 @@ class Pager:
 
     def finish(self) -> None:
         """Wait until all pages are on the host."""
+        self.forget()
         if self._last is not None:
             self._device.finish(self._last)
 
@@ -139,6 +191,16 @@ class Pager:
         """Hand back the staging buffers."""
         self.finish()
         self._ring = []
+
+
+def _overlap(one: Page | None, other: Page) -> bool:
+    return (
+        one is not None and one.buffer is other.buffer and one.start < other.stop and other.start < one.stop
+    )
+
+
+def _never() -> bool:
+    return False
 
 
 def carve(stage: Tensor, arrays: Arrays) -> dict[str, Tensor]:

@@ -27,13 +27,15 @@ ORDERS = 1000
 @dataclass(frozen=True)
 class Situation:
     """Some steps of a pager. ``steps`` are the pages that each moves; ``rings`` the stages it asks for, of
-    which one is a page longer than needed where it is negative."""
+    which one is a page longer than needed where it is negative; ``ahead`` what is fetched before each: the
+    pages that it will begin with, or others."""
 
     format: Format
     pages: int
     steps: tuple[tuple[int, ...], ...]
     rings: tuple[int, ...]
     transfer: str
+    ahead: tuple[tuple[int, ...], ...] = ()
 
     def run(self, device: SimulatedDevice) -> list[bytes]:
         """The state afterwards, as a host that finished waiting finds it."""
@@ -44,6 +46,8 @@ class Situation:
             stage = staged_bytes(self.format, self.page_elements * (2 if stages < 0 else 1))
             pager.prepare(work, Ring(stage, abs(stages)))
             pager.walk(work)
+            if number < len(self.ahead):
+                pager.fetch(self.cut(buffer, self.ahead[number]))
         pager.finish()
         return found(buffer)
 
@@ -94,6 +98,34 @@ def steps(pages: int, count: int, seed: int) -> tuple[tuple[int, ...], ...]:
     )
 
 
+def shuffled(of: tuple[tuple[int, ...], ...], seed: int) -> tuple[tuple[int, ...], ...]:
+    """Each step's pages in an order of its own, as buckets come."""
+    choose = random.Random(seed)
+    return tuple(tuple(choose.sample(pages, len(pages))) for pages in of)
+
+
+class Freed(Situation):
+    """What was fetched is not used, and the memory it comes into goes to somebody else."""
+
+    def run(self, device: SimulatedDevice) -> list[bytes]:
+        pager = Pager(device, self.transfer)
+        pages = self.cut(self.buffer(), range(self.pages))
+        pager.prepare(
+            [(page, lambda arrays: None) for page in pages],
+            Ring(staged_bytes(self.format, self.page_elements), 3),
+        )
+        pager.fetch(pages)
+        pager.free()
+        memory = device.allocate(1 << 10)
+        device.compute.run(lambda: memory.fill_(1))
+        device.synchronize()
+        return [memory.numpy().tobytes()]
+
+    def sequential(self) -> list[bytes]:
+        return [b"\1" * (1 << 10)]
+
+
+BUCKETS = shuffled(steps(7, 5, 7), 0)
 SITUATIONS = {
     "copies, three stages": Situation(Float32(), 7, steps(7, 3, 0), (3, 3, 3), "copy"),
     "copies, two stages": Situation(Float32(), 5, steps(5, 3, 1), (2, 2, 2), "copy"),
@@ -101,6 +133,15 @@ SITUATIONS = {
     "copies of 8-bit state": Situation(Blockwise8(), 6, steps(6, 3, 3), (3, 3, 3), "copy"),
     "the ring grows": Situation(Blockwise8(256), 5, steps(5, 4, 4), (1, 2, -2, -3), "copy"),
     "in place": Situation(Float32(amsgrad=True), 4, steps(4, 3, 5), (3, 3, 3), "zero_copy"),
+    "fetched ahead": Situation(Float32(), 7, BUCKETS, (3,) * 5, "copy", BUCKETS[1:]),
+    "fetched in vain": Situation(Float32(), 7, BUCKETS, (3,) * 5, "copy", shuffled(BUCKETS[1:], 1)),
+    "fetched into a ring that grows": Situation(
+        Float32(), 7, BUCKETS, (1, 2, -2, 3, -3), "copy", BUCKETS[1:] + BUCKETS[:1]
+    ),
+    "fetched where it then is updated in place": Situation(
+        Float32(), 7, (*BUCKETS, *BUCKETS), (3,) * 10, "auto", (*BUCKETS[1:], *BUCKETS[:4])
+    ),
+    "fetched, and given up": Freed(Float32(), 3, (), (), "copy"),
     "one way after the other": Situation(Float32(), 5, steps(5, 7, 6), (3,) * 7, "auto"),
 }
 
@@ -115,7 +156,8 @@ def test_a_thousand_random_orders_give_the_sequential_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pages", "stages", "count", "orders"), [(5, 2, 1, 377), (4, 3, 1, 341), (5, 3, 1, 2731), (3, 3, 2, 1764)]
+    ("pages", "stages", "count", "orders"),
+    [(5, 2, 1, 377), (4, 3, 1, 341), (5, 3, 1, 2731), (3, 3, 2, 21846)],
 )
 def test_every_order_gives_the_sequential_bits(pages: int, stages: int, count: int, orders: int) -> None:
     """``orders``: how many there are; with fewer, some overlap would have been lost."""
@@ -171,7 +213,7 @@ def test_all_waits_are_tried() -> None:
         situation.run(device)
         tried |= device.waited_at
     assert tried == waits_in_the_source()
-    assert len(tried) == 7
+    assert len(tried) == 9
 
 
 def test_leaving_out_nothing_changes_nothing() -> None:
