@@ -296,12 +296,16 @@ class AdamW(torch.optim.Optimizer):
     def _name_of(self, param: Tensor) -> str:
         return next((name for each, name in named(self.param_groups) if each is param), "a parameter")
 
-    def _released(self, params: Sequence[Tensor], first: bool) -> None:
-        """Update these parameters, while backward runs or at its end; ``first``: of this step."""
+    def _released(self, params: Sequence[Tensor], first: bool, following: Sequence[Tensor]) -> None:
+        """Update these parameters, while backward runs or at its end. ``first``: of this step;
+        ``following``: the next ones, most likely."""
         if first:
             self._whole.check()
             self._clipping.begin()
+            self._store.forget()
         self._update(None, set(map(id, params)))
+        with self._store.hold():
+            self._places.fetch(set(map(id, following)))
 
     @lasting()
     def _update(self, scale: float | Tensor | None, among: Collection[int] | None = None) -> None:

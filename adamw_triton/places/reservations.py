@@ -32,6 +32,8 @@ KEPT_BUCKETS = 1024
 class _Kept(NamedTuple):
     """The launches of one set of parameters, and what they were made from."""
 
+    these: frozenset[int]
+    """Ids of them."""
     facts: Facts
     apart: Apart
     batch: Batch
@@ -176,11 +178,18 @@ class Reservations:
                 self.reserve(stepped.groups, state)
             if len(self._batches) >= self._most_batches:
                 self._batches.clear()
-            kept = _Kept(stepped.facts, apart, self._batch(stepped))
+            kept = _Kept(frozenset(map(id, stepped.params)), stepped.facts, apart, self._batch(stepped))
             self._batches.append(kept)
         if tables.capturing():
             self._captured.append(kept.batch)
         return kept.batch
+
+    def fetch(self, these: Collection[int]) -> None:
+        """Have the state of these parameters, by id, begin to come in, if their launches are kept."""
+        for kept in self._batches if these else ():
+            if kept.these == these:
+                self.store.fetch(kept.batch.pages)
+                return
 
     def _kept_for(self, facts: Facts) -> _Kept | None:
         # No generator with next(): an interrupt while it is closed would be lost.

@@ -20,7 +20,7 @@ from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
-from adamw_triton.state.buffers import STEPS, Scalars, Slot, State, StateBuffer, begin_anew, make_slots
+from adamw_triton.state.buffers import STEPS, Page, Scalars, Slot, State, StateBuffer, begin_anew, make_slots
 from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
@@ -181,6 +181,16 @@ class Store:
                 update(page.buffer.arrays)
         for device, pages in _by_device(work).items():
             self._pagers[device].walk(pages, stop)
+
+    def fetch(self, pages: Sequence[Page]) -> None:
+        """Have pages come in that ``run`` will begin with, most likely."""
+        for device, pager in self._pagers.items():
+            pager.fetch([page for page in pages if page.buffer.paged and page.buffer.device == device])
+
+    def forget(self) -> None:
+        """Whatever was fetched may have been written by others."""
+        for pager in self._pagers.values():
+            pager.forget()
 
     def saw_weights(self) -> None:
         """After a step: also those that had no gradient are what they are, whoever writes to them next."""

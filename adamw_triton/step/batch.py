@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Page, Slot, StateBuffer
-from adamw_triton.state.formats import as_real
+from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
@@ -152,6 +152,11 @@ class Batch:
             for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
                 self._launches.append((page, _launches(page, pieces, items, self._gradients.places)))
 
+    @property
+    def pages(self) -> list[Page]:
+        """In the order in which they are updated."""
+        return [page for page, _ in self._launches]
+
     def items(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Item]:
         """Of a step on the same parameters."""
         return list(map(Item, self._groups, self.slots, params, grads))
@@ -215,7 +220,7 @@ def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
 def _cut(
     buffer: StateBuffer, positions: Sequence[int], slots: Sequence[Slot], size: int
 ) -> Iterator[tuple[Page, list[Piece]]]:
-    """The pages on which these parameters have state, in order."""
+    """The pages on which these parameters have state, in order; of those that travel, what is needed."""
     pages: dict[int, list[Piece]] = defaultdict(list)
     for position in sorted(positions, key=lambda position: slots[position].start):
         slot = slots[position]
@@ -227,7 +232,13 @@ def _cut(
                 whole = numel == slot.numel
                 pages[start].append(Piece(position, begin - slot.start, numel, begin - start, whole))
     for start, pieces in pages.items():
-        yield Page(buffer, start, min(start + size, buffer.numel)), pieces
+        if not buffer.paged:  # its arrays are where they are, and pieces are where they are in these
+            yield Page(buffer, start, min(start + size, buffer.numel)), pieces
+            continue
+        first, last = pieces[0].offset, pieces[-1].offset + pieces[-1].numel
+        moved = [piece._replace(offset=piece.offset - first) for piece in pieces]
+        stop = min(start + round_up(last, buffer.format.alignment), buffer.numel)
+        yield Page(buffer, start + first, stop), moved
 
 
 def _launches(

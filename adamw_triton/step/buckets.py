@@ -18,7 +18,7 @@ class Buckets:
     than two buckets' worth: beyond, all that is there is stepped as it is.
     """
 
-    def __init__(self, nbytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._members: list[set[int]] = []
         """Ids of parameters, by bucket."""

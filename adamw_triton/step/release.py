@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.step.buckets import Buckets
+from adamw_triton.step import buckets
 
-Update = Callable[[Sequence[Tensor], bool], None]
-"""Of parameters, by their gradients; whether they are the first of a step."""
+Update = Callable[[Sequence[Tensor], bool, Sequence[Tensor]], None]
+"""Of parameters, by their gradients; whether they are the first of a step; and those that came next the last
+time."""
 
 
 class Release:
@@ -34,9 +35,13 @@ class Release:
     """
 
     def __init__(self, update: Update, name: Callable[[Tensor], str]) -> None:
-        self._update, self._name = weakref.WeakMethod(update), weakref.WeakMethod(name)
-        self._buckets = Buckets()
+        self._update = weakref.WeakMethod(update)
+        self._name = weakref.WeakMethod(name)
+        self._buckets = buckets.Buckets(buckets.BUCKET_BYTES)
         self._hooks: dict[int, Any] = {}
+        self._next: dict[frozenset[int], Sequence[Tensor]] = {}
+        """What was stepped after these the last time."""
+        self._last: frozenset[int] = frozenset()
         self._ahead: set[int] = set()
         """Ids of parameters that have been stepped since the last ``close``."""
         self._running: set[int] = set()
@@ -106,6 +111,7 @@ class Release:
 
     def _begin(self) -> None:
         self._ahead.clear()
+        self._last = frozenset()
         self._running.clear()
         self._accumulating = 0
 
@@ -113,11 +119,14 @@ class Release:
         update = self._update()
         if update is None:
             return
+        these = frozenset(map(id, params))
+        self._next[self._last] = params
+        self._last = these
         with torch.no_grad():
-            update(params, not self._ahead)
+            update(params, not self._ahead, self._next.get(these, ()))
         for param in params:
             param.grad = None
-        self._ahead.update(map(id, params))
+        self._ahead |= these
 
     def _note_backward(self) -> None:
         task: int = torch._C._current_graph_task_id()

@@ -22,7 +22,7 @@ BUCKET = 30_000
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets.Buckets.__init__, "__defaults__", (BUCKET,))
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", BUCKET)
 
 
 def trained(folder: Path, optim_args: str, resume: Any = None, **changes: Any) -> Any:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adamw_triton import AdamW
+from adamw_triton.paging.pager import Pager, Work
+from adamw_triton.state import placement
+from adamw_triton.state.buffers import Page
 from adamw_triton.step import buckets
 from tests.optimizer.problems import bits, state_bits
 
@@ -28,7 +31,7 @@ BUCKET = 40_000
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets.Buckets.__init__, "__defaults__", (BUCKET,))
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", BUCKET)
 
 
 class Block(nn.Module):
@@ -351,3 +354,73 @@ def test_a_bucket_that_is_not_finite(nonfinite: str) -> None:
     assert changed[0]
     assert changed[4]
     assert optimizer.skipped_steps == 1
+
+
+class Loose(nn.Module):
+    """Layers whose gradients come in any order that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(70, n) for n in (10, 60, 130, 3, 90, 200, 64, 1))
+
+    def loss(self, order: list[int]) -> Tensor:
+        total = torch.zeros(())
+        for at in order:
+            total = total + self.layers[at](torch.full((1, 70), 0.1 * at + total.detach())).square().mean()
+        return total
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "PAGE_BYTES", 9000)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_order_of_arrival_gives_the_same_bits(variant: str) -> None:
+    """Also where pages have been fetched for another bucket than came."""
+    choose = random.Random(0)
+    model, other = Loose(), Loose()
+    how: dict[str, Any] = (
+        {"variant": variant, "transfer": "copy"} if "paged" in variant else {"variant": variant}
+    )
+    plain = AdamW(model.parameters(), **how)
+    released = AdamW(other.parameters(), gradient_release=True, **how)
+    for step in range(8):
+        order = list(range(8)) if step < 3 else choose.sample(range(8), choose.randint(1, 8))
+        for m, o in ((model, plain), (other, released)):
+            m.loss(order).backward()
+            o.step()
+            o.zero_grad()
+        assert bits(list(model.parameters())) == bits(list(other.parameters())), step
+    assert sorted(map(str, state_bits(plain))) == sorted(map(str, state_bits(released)))
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_the_next_buckets_pages_come_in_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the order is known: not those of the first, before which the state may be somebody else's."""
+    fetched: list[Page] = []
+    begun: list[Page] = []
+    fetch, walk = Pager.fetch, Pager.walk
+
+    def fetching(self: Pager, pages: list[Page]) -> None:
+        fetched.extend(pages[:1])
+        fetch(self, pages)
+
+    def walking(self: Pager, work: Work, stop: Any = None) -> None:
+        begun.append(work[0][0])
+        walk(self, work, stop)
+
+    model = Loose()
+    how: dict[str, Any] = {"variant": "paged_8bit", "transfer": "copy"}
+    optimizer = AdamW(model.parameters(), gradient_release=True, **how)
+    monkeypatch.setattr(Pager, "fetch", fetching)
+    monkeypatch.setattr(Pager, "walk", walking)
+    for step in range(3):
+        fetched.clear()
+        begun.clear()
+        model.loss(list(range(8))).backward()
+        optimizer.step()
+        assert len(begun) > 2
+        assert fetched == (begun[1:] if step else [])
