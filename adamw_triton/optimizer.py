@@ -173,7 +173,7 @@ class AdamW(torch.optim.Optimizer):
         weights = check_weights(variant, master_weights, stochastic_rounding)
         check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
         check_release(gradient_release, max_grad_norm, capturable)
-        self._chooser = chooser_for(how, budget, block_size, capturable, weights)
+        self._chooser = chooser_for(how, budget, block_size, capturable, weights, gradient_release)
         self.variant = variant
         self.memory_budget = memory_budget
         self.transfer = transfer

@@ -70,6 +70,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_option(
         "--accumulation", type=int, default=1, metavar="BATCHES", help="before a step (default: %(default)s)"
     )
+    add_option(
+        "--release", action="store_true", help="use gradients up during backward (gradient_release=True)"
+    )
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
         "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
@@ -118,6 +121,8 @@ def plan(arguments: argparse.Namespace) -> int:
         print(f"{found.model.name}: {describe(found.model, found.run, found.tensors)}")
         print(f"counted: {found.model.counted}")
         print(f"activations: {found.origin}")
+        if arguments.release and not _releases(arguments):
+            print("gradients: accumulated, and so all there until the last backward, --release or not")
         show(found.plan)
     return NOTHING_FITS if found.plan.chosen is None else 0
 
@@ -128,10 +133,8 @@ def answer(arguments: argparse.Namespace, question: Question, model: Model) -> A
     from adamw_triton.models import finetuning
 
     tensors = finetuning.tensors(model.weights, run)
-    activations, origin = count_activations(arguments, model, run, question.activations)
-    return Answer(
-        model, run, tensors, activations, origin, ask(tensors, question, activations, arguments.prefer)
-    )
+    activations, origin = count_activations(arguments, model, run, tensors, question.activations)
+    return Answer(model, run, tensors, activations, origin, ask(tensors, question, activations, arguments))
 
 
 def check(arguments: argparse.Namespace) -> Question:
@@ -245,18 +248,25 @@ def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
 
 
 def count_activations(
-    arguments: argparse.Namespace, model: Model, run: Run, given: int | None
+    arguments: argparse.Namespace, model: Model, run: Run, tensors: Sequence[Tensor], given: int | None
 ) -> tuple[int | None, str]:
     """Bytes, None if nothing can be said of them; and where the figure is from."""
     from adamw_triton.models.activations import Batch, estimate
     from adamw_triton.models.finetuning import workload
+    from adamw_triton.state.placement import live_bytes
 
     if given is not None:
         return given, f"{format_bytes(given)}, as given"
     if model.dimensions is None:
         return None, f"not counted: {model.remark}; give --activations"
-    batch = Batch(arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1)
-    count = estimate(model.dimensions, batch, workload(model.weights, run, model.dimensions.visited))
+    batch = Batch(
+        arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1,
+        _releases(arguments),
+    )  # fmt: skip
+    work = workload(model.weights, run, model.dimensions.visited)
+    if batch.released:
+        work = work._replace(gradients=live_bytes(t.nbytes for t in tensors if t.requires_grad))
+    count = estimate(model.dimensions, batch, work)
     return count, (
         f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
         f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"
@@ -264,7 +274,14 @@ def count_activations(
     )
 
 
-def ask(tensors: Sequence[Tensor], question: Question, activations: int | None, prefer: str) -> Any:
+def _releases(arguments: argparse.Namespace) -> bool:
+    """Whether few gradients are there at one time: all of them are where they are accumulated."""
+    return bool(arguments.release) and arguments.accumulation == 1
+
+
+def ask(
+    tensors: Sequence[Tensor], question: Question, activations: int | None, arguments: argparse.Namespace
+) -> Any:
     """The Plan."""
     import torch
 
@@ -272,7 +289,14 @@ def ask(tensors: Sequence[Tensor], question: Question, activations: int | None, 
 
     if question.gpu is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
-    return adamw_triton.plan(tensors, question.gpu, question.host, activations=activations, prefer=prefer)
+    return adamw_triton.plan(
+        tensors,
+        question.gpu,
+        question.host,
+        activations=activations,
+        prefer=arguments.prefer,
+        gradient_release=_releases(arguments),
+    )
 
 
 def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:

@@ -14,7 +14,8 @@ keys, ``V`` the vocabulary:
 The peak is in one of four places: at the loss, where ``12 V`` are logits in several forms; in backward of the
 head; in that of a layer, with ``2s (f + h)`` of gradients inside it; or of the embeddings. Without
 accumulation the weights' gradients are not there yet at the first two, and what they leave free is used
-by the activations: that is taken off, for the plan counts gradients as always there.
+by the activations: that is taken off, for the plan counts gradients as always there. With gradient release
+so it counts the few that are there at one time.
 
 tests/models/test_activations.py measures it on real models, but for LoRA and 4-bit bases. On a GPU,
 kernels' workspaces and the allocator's rounding come on top.
@@ -35,6 +36,8 @@ class Batch(NamedTuple):
     checkpointing: bool = True
     accumulating: bool = False
     """Gradients stay from one batch to the next."""
+    released: bool = False
+    """Gradients are used up while backward runs; of no use with ``accumulating``."""
 
     @property
     def tokens(self) -> int:
@@ -47,7 +50,8 @@ class Workload(NamedTuple):
     itemsize: int
     """Bytes of an element of its dtype."""
     gradients: int = 0
-    """Bytes of the gradients of its own weights; 0 where they are frozen."""
+    """Bytes of the gradients of its own weights, those that are there at one time; 0 where they are
+    frozen."""
     tied: bool = False
     """The embeddings are the head, too."""
     adapted_inputs: int = 0
@@ -81,6 +85,10 @@ def estimate(model: Dimensions, batch: Batch, workload: Workload) -> int:
         in_last_layer += projection
         in_embeddings += embeddings * (3 if workload.tied else 1)
         peak = max(at_loss, in_head, in_last_layer, in_embeddings)
+    elif batch.released:
+        # Few are there, at any time; at first none.
+        in_embeddings += 2 * embeddings if workload.tied else 0
+        peak = max(at_loss - workload.gradients, in_head, in_last_layer, in_embeddings)
     else:
         # At first no gradient is there, at last all: the embeddings' own, or if they are tied two more.
         before = max(at_loss, in_head + embeddings, in_last_layer) - workload.gradients

@@ -26,7 +26,7 @@ from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
 from adamw_triton.state.buffers import State
-from adamw_triton.state.placement import Policy
+from adamw_triton.state.placement import Policy, live_bytes
 
 SPILLED_AT_ONCE = 512 << 20
 """Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times
@@ -110,6 +110,7 @@ class Auto:
         budget: bytes that the user lets state take on each GPU; None for all that is left.
         block_size: of the 8-bit format.
         weights: how those of 16 bits may be kept, the best first.
+        released: it decides while backward runs, when all activations are there and few gradients.
         capturable: nothing may be paged, nor spilled later.
     """
 
@@ -119,9 +120,11 @@ class Auto:
         block_size: int,
         capturable: bool = False,
         weights: Sequence[str] = ("nearest",),
+        released: bool = False,
     ) -> None:
         self._budget = budget
         self._weights = tuple(weights)
+        self._released = released
         self._block_size = block_size
         self._capturable = capturable
         self.plan: Plan | None = None
@@ -184,7 +187,8 @@ class Auto:
         self._devices = tuple(trained)
         demands = []
         for device in self._devices:
-            limits, taken = self._limits(device, loaded[device], there)
+            live = live_bytes(t.numel * t.grad_itemsize for t in trained[device]) if self._released else 0
+            limits, taken = self._limits(device, loaded[device], there, live)
             demands.append(Demand(limits, trained[device]))
             host_room -= taken
         plan = select(
@@ -205,13 +209,16 @@ class Auto:
         else:
             _log.info("auto: %s", self.plan.summary())
 
-    def _limits(self, device: torch.device, loaded: int, host_room: int) -> tuple[Limits, int]:
-        """Of a device, and what training will take of the host's memory there."""
+    def _limits(self, device: torch.device, loaded: int, host_room: int, to_come: int) -> tuple[Limits, int]:
+        """Of a device, and what training will take of the host's memory there; ``to_come``: bytes of
+        gradients that are not there yet."""
         allocator = gpu.allocator_for(device)
         if allocator is None:
             return Limits(str(device), host_room, *rates.known(device), shared=True), 0
         snapshot = allocator.snapshot()
-        room, spent = snapshot.room(loaded), snapshot.spent(loaded)
+        room, spent = snapshot.room(loaded) - to_come, snapshot.spent(loaded)
+        if to_come:
+            spent = (*spent, ("gradients to come", to_come))
         if self._budget is not None and self._budget < room:
             room, spent = self._budget, (("memory_budget", self._budget),)
         limits = Limits(allocator.name, room, *rates.known(device), shared=snapshot.shared, spent=spent)
@@ -253,9 +260,14 @@ class Auto:
 
 
 def chooser_for(
-    variant: Variant, budget: int | None, block_size: int, capturable: bool, weights: Sequence[str]
+    variant: Variant,
+    budget: int | None,
+    block_size: int,
+    capturable: bool,
+    weights: Sequence[str],
+    released: bool,
 ) -> Chooser:
     """Of an optimizer with these arguments; ``weights``: how those of 16 bits may be kept, the best first."""
     if variant.chosen:
-        return Auto(budget, block_size, capturable, weights)
+        return Auto(budget, block_size, capturable, weights, released)
     return Fixed(variant.bits, Policy(variant.paged, budget), weights[0])

@@ -17,6 +17,7 @@ from adamw_triton.selection import rates
 from adamw_triton.selection.cards import parse_gpu
 from adamw_triton.selection.plans import Limits, Plan
 from adamw_triton.selection.selector import Demand, Trained, select
+from adamw_triton.state.placement import live_bytes
 
 CONTEXT = 500 << 20
 """Bytes that CUDA and its libraries take for themselves before the first tensor, on a card that is not here.
@@ -47,6 +48,7 @@ def plan(
     block_size: int = 128,
     master_weights: bool | str = "auto",
     stochastic_rounding: bool | str = "auto",
+    gradient_release: bool = False,
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -62,6 +64,8 @@ def plan(
         prefer: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes to 8 bits.
         block_size: of the 8-bit format, as in ``AdamW``.
         master_weights, stochastic_rounding: as in ``AdamW`` with ``variant="auto"``.
+        gradient_release: as in ``AdamW``, for training without accumulation: gradients that are accumulated
+            are all there, with it or without.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -76,7 +80,8 @@ def plan(
         raise ValueError("model_or_params has no parameters to plan for")
     trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
     weights = sum(tensor.nbytes for tensor, _ in tensors)
-    gradients = sum(tensor.numel * tensor.grad_itemsize for tensor in trained)
+    each = [tensor.numel * tensor.grad_itemsize for tensor in trained]
+    gradients = live_bytes(each) if gradient_release else sum(each)
     here = sum(tensor.nbytes for tensor, _ in tensors if tensor.is_cuda)
     card = _card(gpu_memory, here)
     peak = 0 if activations is None else parse_bytes(activations, "activations")
@@ -85,7 +90,7 @@ def plan(
         ("memory", card.memory),
         ("driver and other processes", card.context),
         ("weights", weights),
-        ("gradients", gradients),
+        ("gradients at one time" if gradient_release else "gradients", gradients),
         ("activations", peak),
         ("slack", slack),
     )

@@ -22,6 +22,10 @@ STAGES = 3
 SMALLEST_PAGE = 64 << 10
 SMALLEST_BUDGET = STAGES * SMALLEST_PAGE
 
+BUCKET_BYTES = 64 << 20
+"""Of gradients that are used up together while backward runs: enough for a launch to be worth its while, and
+little beside activations."""
+
 GRAIN = 2048
 """Elements; pages are multiples of it, unless they are smaller: every array of a page then begins at a
 multiple of 16 bytes, as the kernels are compiled to expect."""
@@ -153,3 +157,10 @@ def check_budget(budget: int) -> None:
             f"memory_budget of {format_bytes(budget)} is too small: paging needs a ring of {STAGES} pages of "
             f"at least {format_bytes(SMALLEST_PAGE)}, {format_bytes(SMALLEST_BUDGET)} in all"
         )
+
+
+def live_bytes(gradients: Iterable[int], bucket: int = BUCKET_BYTES) -> int:
+    """Of gradients of so many bytes each, those that gradient release lets be there at one time: at most two
+    buckets and the largest."""
+    sizes = list(gradients)
+    return min(sum(sizes), 2 * bucket + max(sizes, default=0))

@@ -7,9 +7,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-BUCKET_BYTES = 64 << 20
-"""Of gradients: enough for a launch to be worth its while, and little beside activations."""
-
 
 class Buckets:
     """Parameters in the order in which their gradients arrive. A *bucket* is what arrives one after another

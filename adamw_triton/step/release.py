@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.step import buckets
+from adamw_triton.state import placement
+from adamw_triton.step.buckets import Buckets
 
 Update = Callable[[Sequence[Tensor], bool, Sequence[Tensor]], None]
 """Of parameters, by their gradients; whether they are the first of a step; and those that came next the last
@@ -37,7 +38,7 @@ class Release:
     def __init__(self, update: Update, name: Callable[[Tensor], str]) -> None:
         self._update = weakref.WeakMethod(update)
         self._name = weakref.WeakMethod(name)
-        self._buckets = buckets.Buckets(buckets.BUCKET_BYTES)
+        self._buckets = Buckets(placement.BUCKET_BYTES)
         self._hooks: dict[int, Any] = {}
         self._next: dict[frozenset[int], Sequence[Tensor]] = {}
         """What was stepped after these the last time."""

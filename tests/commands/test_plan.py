@@ -81,10 +81,10 @@ def test_a_folder_on_a_card(asked: Asked, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_all_options_reach_the_selector(asked: Asked) -> None:
-    line = "--gpu 24GiB --host-memory 32GiB --dtype fp32 --activations 3GiB --prefer exact"
+    line = "--gpu 24GiB --host-memory 32GiB --dtype fp32 --activations 3GiB --prefer exact --release"
     assert run(f"{CONFIGS}/Llama-2-7B {line}") == 0
     assert (asked.gpu, asked.host) == (24 * GIB, 32 * GIB)
-    assert asked.more == {"activations": 3 * GIB, "prefer": "exact"}
+    assert asked.more == {"activations": 3 * GIB, "prefer": "exact", "gradient_release": True}
     assert {param.dtype for param in asked.params} == {torch.float32}
 
 
@@ -311,3 +311,39 @@ def test_a_file_of_141_gb_is_planned_in_under_a_second(asked: Asked, tmp_path: P
     assert asked.frozen_bytes == 2 * 70_553_706_496
     assert seconds < 1
     assert count < 10_000_000
+
+
+def test_release_lets_7b_be_trained_on_24_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    """All weights, exactly; gradients that are accumulated are all there, and too many again."""
+    line = f"{CONFIGS}/Mistral-7B-v0.3 --gpu 4090 --host-memory 32GiB"
+    assert run(line) == 1
+    assert " gradients at one time" not in capsys.readouterr().out
+    assert run(f"{line} --release") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "384.0 MiB gradients at one time" in said
+    assert "16-bit weights are kept exactly" in said
+    assert run(f"{line} --release --accumulation 8") == 1
+    assert "gradients: accumulated, and so all there until the last backward" in capsys.readouterr().out
+
+
+def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        **shape,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(f"{tmp_path} --gpu 4090 --host-memory 32GiB --release --json") == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    chosen = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
+    told = [plan["devices"][0]["spent"][name] for name in ("weights", "gradients at one time", "activations")]
+    told += [chosen["gpu_bytes"], chosen["host_bytes"]]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert "{} of weights, {} of gradients, {} of activations, {} of state; {} of state in host".format(
+        *[f"{count / GIB:.1f} GiB" for count in told]
+    ) in " ".join(readme.split())

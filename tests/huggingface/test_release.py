@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 import torch
 
 from adamw_triton.huggingface import ReportCallback
-from adamw_triton.step import buckets
+from adamw_triton.state import placement
 from tests.huggingface.tiny import arguments, bits, llama, losses, optimizer_of, trainer
 
 BUCKET = 30_000
@@ -22,7 +22,7 @@ BUCKET = 30_000
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(placement, "BUCKET_BYTES", BUCKET)
 
 
 def trained(folder: Path, optim_args: str, resume: Any = None, **changes: Any) -> Any:

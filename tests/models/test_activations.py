@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ from torch.profiler import profile
 
 from adamw_triton.models.activations import Batch, Workload, estimate
 from adamw_triton.models.config import read_dimensions
+from adamw_triton.state.placement import live_bytes
+from adamw_triton.step.buckets import Buckets
 
 transformers = pytest.importorskip("transformers")
 
+BUCKET = 200_000
+"""Bytes of gradients."""
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -25,13 +30,17 @@ SHAPE = {
 
 
 def measured(config: dict[str, Any], batch: Batch, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that forward and backward allocate at most beside all gradients, and those of the gradients."""
+    """Bytes that forward and backward allocate at most beside the gradients, all or those that are there at
+    one time; and those of these."""
     settings = transformers.LlamaConfig(**config, use_cache=False)
     model = transformers.LlamaForCausalLM._from_config(settings, attn_implementation="sdpa").to(dtype).train()
     if batch.checkpointing:
         model.gradient_checkpointing_enable()
+    buckets = Buckets(BUCKET)
     for param in model.parameters():
         param.grad = torch.zeros_like(param) if batch.accumulating else None
+        if batch.released:
+            param.register_post_accumulate_grad_hook(partial(free, buckets))
     tokens = torch.zeros(batch.sequences, batch.length, dtype=torch.int64)
     with profile(profile_memory=True) as record:
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -40,12 +49,20 @@ def measured(config: dict[str, Any], batch: Batch, dtype: torch.dtype) -> tuple[
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    gradients = sum(param.nbytes for param in model.parameters())
+    sizes = [param.nbytes for param in model.parameters()]
+    gradients = live_bytes(sizes, BUCKET) if batch.released else sum(sizes)
     return most if batch.accumulating else most - gradients, gradients
 
 
+def free(buckets: Buckets, param: torch.Tensor) -> None:
+    """As gradient release does, but for the step."""
+    for bucket in buckets.arrived(param):
+        for each in bucket:
+            each.grad = None
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("accumulating", [True, False])
+@pytest.mark.parametrize("gradients_are", ["accumulated", "made", "released"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     ("change", "length", "dtype"),
@@ -62,14 +79,14 @@ def measured(config: dict[str, Any], batch: Batch, dtype: torch.dtype) -> tuple[
     ],
 )
 def test_a_real_model_takes_what_was_estimated(
-    change: dict[str, int], length: int, dtype: torch.dtype, checkpointing: bool, accumulating: bool
+    change: dict[str, int], length: int, dtype: torch.dtype, checkpointing: bool, gradients_are: str
 ) -> None:
     """Beside the gradients, which are told exactly: never 2% more; and no less than a tenth, and the weights
     of a layer, whose gradients are counted as there while it is in backward."""
     config = SHAPE | change
     dimensions, _ = read_dimensions(config)
     assert dimensions is not None
-    batch = Batch(1, length, checkpointing, accumulating)
+    batch = Batch(1, length, checkpointing, gradients_are == "accumulated", gradients_are == "released")
     real, gradients = measured(config, batch, dtype)
     tied = bool(config["tie_word_embeddings"])
     told = estimate(dimensions, batch, Workload(dtype.itemsize, gradients, tied))

@@ -21,7 +21,6 @@ from adamw_triton import AdamW
 from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.state import placement
 from adamw_triton.state.buffers import Page
-from adamw_triton.step import buckets
 from tests.optimizer.problems import bits, state_bits
 
 CASES = int(os.environ.get("ADAMW_TRITON_CASES", "16"))
@@ -31,7 +30,7 @@ BUCKET = 40_000
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(placement, "BUCKET_BYTES", BUCKET)
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ from adamw_triton.cli import main
 from adamw_triton.selection import auto, planning
 from adamw_triton.selection.cards import find_card
 from adamw_triton.selection.plans import Plan
+from adamw_triton.state.placement import BUCKET_BYTES
 
 MiB, GiB = 1 << 20, 1 << 30
 MEMORY: dict[str, Any] = {"gpu_memory": "16GiB", "host_memory": "32GiB", "activations": 0}
@@ -76,6 +77,16 @@ def test_what_groups_ask_for_is_kept() -> None:
     plan = adamw_triton.plan(groups, **MEMORY)
     assert plan.candidates[0].gpu_bytes == (8 + 12 + 8) * 2**20
     assert plan.candidates[1].gpu_bytes == (8 + 12 + 2 + 4 / 128) * 2**20
+
+
+def test_released_gradients_are_few_at_one_time() -> None:
+    params = [
+        Parameter(torch.empty(n, dtype=torch.bfloat16, device="meta")) for n in (10**8, 10**6, 10**8, 5)
+    ]
+    released = spent(adamw_triton.plan(params, **MEMORY, gradient_release=True))
+    assert released["gradients at one time"] == 2 * BUCKET_BYTES + 2 * 10**8
+    few = spent(adamw_triton.plan(params[1:2], **MEMORY, gradient_release=True))
+    assert few["gradients at one time"] == 2 * 10**6
 
 
 def test_gradients_of_another_dtype() -> None:
