@@ -344,6 +344,9 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
     told = [plan["devices"][0]["spent"][name] for name in ("weights", "gradients at one time", "activations")]
     told += [chosen["gpu_bytes"], chosen["host_bytes"]]
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "{} of weights, {} of gradients, {} of activations, {} of state and staging; {} of state in host".format(
-        *[f"{count / GIB:.1f} GiB" for count in told]
-    ) in " ".join(readme.split())
+    assert (
+        "{} of weights, {} of gradients, {} of activations, {} of state and staging; {} of state in host".format(
+            *[f"{count / GIB:.1f} GiB" for count in told]
+        )
+        in " ".join(readme.split())
+    )
