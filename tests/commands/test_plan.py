@@ -343,10 +343,7 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
     chosen = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
     told = [plan["devices"][0]["spent"][name] for name in ("weights", "gradients at one time", "activations")]
     told += [chosen["gpu_bytes"], chosen["host_bytes"]]
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert (
-        "{} of weights, {} of gradients, {} of activations, {} of state and staging; {} of state in host".format(
-            *[f"{count / GIB:.1f} GiB" for count in told]
-        )
-        in " ".join(readme.split())
-    )
+    weights, gradients, activations, state, host = [f"{count / GIB:.1f} GiB" for count in told]
+    said = f"{weights} of weights, {gradients} of gradients, {activations} of activations, "
+    said += f"{state} of state and staging; {host} of state in host"
+    assert said in " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
