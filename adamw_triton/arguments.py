@@ -5,14 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adamw_triton.memory.units import parse_bytes
 from adamw_triton.paging.transfer import TRANSFERS
@@ -44,7 +41,6 @@ OF_THE_OPTIMIZER = (
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
@@ -246,125 +242,3 @@ def check_capture(capturable: bool, found_inf: Tensor | None) -> None:
 def check_movable(capturable: bool) -> None:
     if capturable:
         raise RuntimeError("offload() moves state, and CUDA graphs know its place: make capturable=False")
-
-
-def is_flattened(param: Tensor) -> bool:
-    """Whether FSDP (version 1) has made it a part of one vector, of which each rank has a shard."""
-    return bool(getattr(param, "_fsdp_flattened", False))
-
-
-def is_trained(param: Tensor) -> bool:
-    """Whether a parameter's state is to have a place: it may get gradients, or has one, and can be stepped.
-    Not yet so are those of lazy modules and on the meta device."""
-    if param.grad is None and not (param.requires_grad and _is_there(param)):
-        return False
-    return _fault(param) is None
-
-
-def check_new_param(param: Tensor, name: str, stochastic: bool) -> None:
-    """Of a parameter that is handed over. What is frozen or not there yet may be anything until it is
-    stepped.
-
-    Raises:
-        TypeError, ValueError: it requires gradients, and a step would refuse it.
-    """
-    if param.requires_grad and _is_there(param):
-        check_param(param, name, stochastic)
-
-
-def check_param(param: Tensor, name: str, stochastic: bool) -> None:
-    """Of a parameter that is stepped. ``stochastic``: somebody asks for stochastic rounding.
-
-    Raises:
-        TypeError, ValueError: there is no update for such tensors.
-    """
-    if fault := _fault(param):
-        error, what = fault
-        raise error(f"{name} {what}")
-    if stochastic and param.dtype is torch.float16:
-        raise ValueError(
-            f"{name} has dtype torch.float16, and stochastic_rounding=True is for bfloat16: fp16 ends at "
-            "6e-8, where it would still lose small updates; use master_weights=True"
-        )
-
-
-def _is_there(param: Tensor) -> bool:
-    return not (is_lazy(param) or param.is_meta)
-
-
-def _fault(param: Tensor) -> tuple[type[Exception], str] | None:
-    """Why a parameter cannot be stepped: what is raised, and the message but for its name."""
-    if param.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return TypeError, f"has dtype {param.dtype}; AdamW supports {allowed}, and computes in float32"
-    if param.layout is not torch.strided:
-        return TypeError, f"has layout {param.layout}; AdamW supports dense parameters only"
-    if is_traceable_wrapper_subclass(param):
-        return TypeError, f"is a {type(param).__name__}; AdamW does not support wrapped tensors yet"
-    if param.is_inference():
-        return RuntimeError, (
-            "was made in inference mode, and outside of it cannot be written to by views: pass a copy made "
-            "there (param.detach().clone())"
-        )
-    if _overlaps(param):
-        return ValueError, (
-            f"of shape {tuple(param.shape)} and stride {param.stride()} has elements that share memory (an "
-            "expanded tensor?): they cannot be updated one by one; pass a contiguous copy"
-        )
-    return None
-
-
-def check_grad(param: Tensor, grad: Tensor, name: str) -> None:
-    """Of the gradient of a parameter that is stepped, whose name this is.
-
-    Raises:
-        RuntimeError, TypeError: there is no update with such gradients.
-    """
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"AdamW does not support sparse gradients: that of {name} has layout {grad.layout}; "
-            "use torch.optim.SparseAdam for it"
-        )
-    if is_traceable_wrapper_subclass(grad):
-        raise TypeError(
-            f"the gradient of {name} is a {type(grad).__name__}; AdamW does not support wrapped tensors yet"
-        )
-    if grad.shape != param.shape:
-        shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
-        raise RuntimeError(f"the gradient of {name} has shape {shapes}")
-    if grad.device != param.device:
-        raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {param.device}")
-    if grad.dtype not in DTYPES or grad.is_complex() != param.is_complex():
-        raise TypeError(f"the gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
-
-
-def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
-    """What messages call a parameter: its own name if the user passed named parameters, and took none out or
-    in by hand since."""
-    names = group.get("param_names", ())
-    if len(names) == len(group["params"]):
-        return f"parameter {names[index]!r}"
-    return f"parameter {index} of group {group_index}"
-
-
-def named(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
-    """Each parameter of all groups, or the index that stands for it, with what messages call it."""
-    return [
-        (param, name_of(group, group_index, index))
-        for group_index, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-    ]
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: from the smallest stride on, each must step over all
-    that the smaller ones reach."""
-    if tensor.numel() == 0:
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import is_flattened
+from adamw_triton.tensors import is_flattened
 
 _NORM = re.compile(r"Norm(\dd|Gated)?$")
 _EMBEDDING = re.compile(r"Embeddings?(Bag)?$")

@@ -20,14 +20,11 @@ from adamw_triton.arguments import (
     check_implementation,
     check_keys,
     check_movable,
-    check_new_param,
     check_paging,
     check_release,
     check_unscaled,
     check_variant,
     check_weights,
-    name_of,
-    named,
 )
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
@@ -42,6 +39,7 @@ from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Release
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
+from adamw_triton.tensors import check_new_param, name_of, named
 from adamw_triton_kernels import tables
 
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import check_group, named
+from adamw_triton.arguments import check_group
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.entries import Saved, check_others, check_values, has_state, others_of, read
 from adamw_triton.checkpoint.files import CheckpointError, Scratch
 from adamw_triton.checkpoint.loading import check_form, check_keys, check_numbers
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state.formats import Blockwise8, Moments
+from adamw_triton.tensors import named
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 Group = dict[str, Any]

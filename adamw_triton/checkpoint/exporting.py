@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import named
 from adamw_triton.checkpoint import files, model_files
 from adamw_triton.checkpoint.conversion import Track
 from adamw_triton.checkpoint.entries import Saved, has_state, read
@@ -25,6 +24,7 @@ from adamw_triton.checkpoint.model_files import Pieces
 from adamw_triton.models.architecture import CannotBuildError, Orders
 from adamw_triton.models.weights import ModelFileError, read_json
 from adamw_triton.state.formats import as_real, kept_with
+from adamw_triton.tensors import named
 from adamw_triton_kernels import weights as halves
 
 OPTIMIZER = "optimizer.pt"

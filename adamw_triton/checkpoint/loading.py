@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import named
 from adamw_triton.checkpoint.entries import Entry, check_others, check_values, has_state, others_of, read
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
 from adamw_triton.state.formats import as_real
+from adamw_triton.tensors import named
 
 Groups = Sequence[dict[str, Any]]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from adamw_triton.arguments import is_flattened, named
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
+from adamw_triton.tensors import is_flattened, named
 
 VERSION_KEY = "adamw_triton_version"
 """Beside "state" and "param_groups", where torch's loader and whoever rebuilds the dict pass it over. Parts

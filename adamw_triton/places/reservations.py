@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import is_trained, name_of
 from adamw_triton.checkpoint import has_state
 from adamw_triton.places.placing import Wanted
 from adamw_triton.places.shown import park
@@ -21,6 +20,7 @@ from adamw_triton.state.formats import KEPT, as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Apart, Facts, Groups, Stepped
+from adamw_triton.tensors import is_trained, name_of
 from adamw_triton_kernels import tables
 
 KEPT_BATCHES = 16

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import Variant, is_trained
+from adamw_triton.arguments import Variant
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.selection import rates
@@ -27,6 +27,7 @@ from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
 from adamw_triton.state.buffers import State
 from adamw_triton.state.placement import Policy, live_bytes
+from adamw_triton.tensors import is_trained
 
 SPILLED_AT_ONCE = 512 << 20
 """Bytes of state in a buffer, about: each has launches of its own, which at this size take hundreds of times

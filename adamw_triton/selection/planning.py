@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import BLOCK_SIZES, DTYPES, check_weights
+from adamw_triton.arguments import BLOCK_SIZES, check_weights
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import parse_bytes
@@ -18,6 +18,7 @@ from adamw_triton.selection.cards import parse_gpu
 from adamw_triton.selection.plans import Limits, Plan
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.state.placement import live_bytes
+from adamw_triton.tensors import DTYPES
 
 CONTEXT = 500 << 20
 """Bytes that CUDA and its libraries take for themselves before the first tensor, on a card that is not here.

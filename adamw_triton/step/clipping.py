@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import NONFINITE, is_flattened
+from adamw_triton.arguments import NONFINITE
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.state.buffers import Slot, StateBuffer
+from adamw_triton.tensors import is_flattened
 from adamw_triton_kernels import Verdict, norms_for
 from adamw_triton_kernels.tables import capturing, has_float64
 from adamw_triton_kernels.work import SKIP, Adapting

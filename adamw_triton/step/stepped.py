@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adamw_triton.arguments import check_grad, check_param, name_of
 from adamw_triton.memory.overlaps import Ranges, share_memory, span
+from adamw_triton.tensors import check_grad, check_param, name_of
 
 Groups = Sequence[Mapping[str, Any]]
 Facts = tuple[list[Any], ...]

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 from adamw_triton import AdamW
-from adamw_triton.arguments import check_grad
+from adamw_triton.tensors import check_grad
 from tests import gradients
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
