@@ -21,7 +21,7 @@ ROOMS = [
     {"optimizer", "store", "grouping"},
     {"places"},
     {"selection", "step", "checkpoint"},
-    {"arguments"},
+    {"arguments", "tensors"},
     {"paging"},
     {"state"},
     {"memory"},
