@@ -477,6 +477,8 @@ class AdamW(torch.optim.Optimizer):
         finally:
             reading.remove()
         self._whole = WholeSteps()
+        if self._release is not None:
+            self._release.begin()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})

@@ -92,11 +92,10 @@ class Release:
         with self._lock:
             if self._ahead and self._running:
                 raise RuntimeError(self._failed())
-            self._buckets.rest()
             params = [param for group in groups for param in group["params"]]
             if left := [param for param in params if param.grad is not None]:
                 self._step(left)
-            self._begin()
+            self.begin()
             self.watch(groups)
 
     def abandon(self, groups: Iterable[Mapping[str, Any]]) -> int:
@@ -106,11 +105,12 @@ class Release:
             for group in groups:
                 for param in group["params"]:
                     param.grad = None
-            self._buckets.rest()
-            self._begin()
+            self.begin()
             return ahead
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Another step, whatever became of the last one."""
+        self._buckets.rest()
         self._ahead.clear()
         self._last = frozenset()
         self._running.clear()

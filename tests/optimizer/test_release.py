@@ -207,6 +207,28 @@ def test_a_backward_that_failed_is_said_and_can_be_gone_on_from(then: str) -> No
     assert steps == [3, 4]
 
 
+def test_after_a_backward_that_failed_a_load_begins_anew() -> None:
+    model, optimizer = tower()
+    x = torch.ones(2, 100)
+    model(x).sum().backward()
+    optimizer.step()
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(x).sum().backward()
+    optimizer.step()
+    expected = bits(list(model.parameters()))
+    hook = failing(model, 2)
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    hook.remove()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    assert bits(list(model.parameters())) == expected
+
+
 def test_a_backward_that_failed_before_anything_was_stepped_is_none() -> None:
     model, optimizer = tower()
     hook = failing(model, 5)
