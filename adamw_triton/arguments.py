@@ -37,7 +37,7 @@ BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "adaptive_clip", "nonfinite", "capturable", "gradient_release",
+    "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release",
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""

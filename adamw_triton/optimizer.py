@@ -42,6 +42,8 @@ from adamw_triton.step.whole import WholeSteps
 from adamw_triton.tensors import check_new_param, name_of, named
 from adamw_triton_kernels import tables
 
+_DECIDED = (*OF_THE_OPTIMIZER, "capturable")
+"""Arguments that an optimizer keeps for good."""
 _ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
 
@@ -133,7 +135,7 @@ class AdamW(torch.optim.Optimizer):
     _clipping: Clipping
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OF_THE_OPTIMIZER and name in self.__dict__:
+        if name in _DECIDED and name in self.__dict__:
             raise AttributeError(
                 f"{name} is decided when an optimizer is made: make another one with {name}={value!r} and "
                 "load this one's state_dict() into it"
@@ -493,7 +495,7 @@ class AdamW(torch.optim.Optimizer):
         self._whole.check()
         self._store.renew(self.state)
         state = checkpoint.cut(self.state, self._store.slots)
-        kept = {name: getattr(self, name) for name in (*OF_THE_OPTIMIZER, "_chooser")}
+        kept = {name: getattr(self, name) for name in (*_DECIDED, "_chooser")}
         return {**super().__getstate__(), "state": state, **kept}
 
     def _reset(self) -> None:

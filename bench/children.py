@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,9 @@ def environment(first: Sequence[Path] = (), **variables: str) -> dict[str, str]:
 def start(command: Sequence[str], env: dict[str, str], log: IO[Any] | None = None) -> subprocess.Popen[bytes]:
     """In a group of its own, with all that it starts; its output to ``log``, else to ours."""
     options: dict[str, Any] = {} if log is None else {"stdout": log, "stderr": subprocess.STDOUT}
-    options |= {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it: it could not be asked
+        options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options |= {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
     return subprocess.Popen(command, cwd=ROOT, env=env, **options)
 
 

@@ -59,8 +59,6 @@ def export(folder: Path, target: Path, orders: Orders, track: Track = iter) -> s
         raise CheckpointError(f"{target} is no name of a {SAFETENSORS} file, which is what is written")
     if not target.parent.is_dir():
         raise CheckpointError(f"there is no folder {str(target.parent)!r} to write {target.name} into")
-    if target.exists() and target.resolve().parent == folder.resolve():
-        raise CheckpointError(f"{target} is a part of the checkpoint: write the weights into another file")
     main, weights = model_files.load(folder)
     try:
         state_dict = files.load(folder / OPTIMIZER)

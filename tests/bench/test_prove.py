@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -249,10 +250,16 @@ def test_a_process_that_hangs_is_stopped_with_all_it_started(
     assert not alive(grandchild)
 
 
-def test_a_process_that_is_asked_in_time_leaves_what_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_process_that_is_asked_in_time_leaves_what_it_has(tmp_path: Path, ignored: bool) -> None:
+    """Also where we have been started by a shell's `&`."""
     left = f"open({str(tmp_path / 'x')!r}, 'w').close()"
     code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {left}"
-    assert children.run([sys.executable, "-c", code], 6, children.environment()) is None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        assert children.run([sys.executable, "-c", code], 6, children.environment()) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "x").exists()
 
 

@@ -276,8 +276,6 @@ def test_other_things_than_a_checkpoint(
     for out in ("out.pt", "out", "checkpoint-3"):
         assert "is no name of a .safetensors file" in refused(folder, capsys, out)
     assert "there is no folder" in refused(folder, capsys, "no/out.safetensors")
-    own = f"{folder.name}/model.safetensors"
-    assert f"{own} is a part of the checkpoint" in refused(folder, capsys, own)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     assert "holds a PEFT adapter" in refused(folder, capsys)

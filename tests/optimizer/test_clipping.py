@@ -336,7 +336,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     AdamW(parameters(), max_grad_norm=numpy.float32(1), adaptive_clip=numpy.int64(2))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
+@pytest.mark.parametrize("name", [*OF_THE_OPTIMIZER, "capturable"])
 def test_what_was_decided_cannot_be_set(name: str) -> None:
     """It would do nothing, or something only after the next load."""
     optimizer = AdamW(parameters())
