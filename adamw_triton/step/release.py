@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adamw_triton.state import placement
 from adamw_triton.step.buckets import Buckets
 
+_REMEMBERED = 1024
+"""Buckets of which it is known what came next."""
 Update = Callable[[Sequence[Tensor], bool, Sequence[Tensor]], None]
 """Of parameters, by their gradients; whether they are the first of a step; and those that came next the last
 time."""
@@ -39,7 +42,8 @@ class Release:
         self._update = weakref.WeakMethod(update)
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
-        self._hooks: dict[int, Any] = {}
+        self._hooks: Any = WeakIdKeyDictionary()
+        """By parameter."""
         self._next: dict[frozenset[int], Sequence[Tensor]] = {}
         """What was stepped after these the last time."""
         self._last: frozenset[int] = frozenset()
@@ -59,8 +63,8 @@ class Release:
         for group in groups:
             for param in group["params"]:
                 can = param.requires_grad and param.is_leaf and not is_lazy(param)
-                if can and id(param) not in self._hooks:
-                    self._hooks[id(param)] = param.register_post_accumulate_grad_hook(_Hook(self))
+                if can and param not in self._hooks:
+                    self._hooks[param] = param.register_post_accumulate_grad_hook(_Hook(self))
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -121,6 +125,8 @@ class Release:
         if update is None:
             return
         these = frozenset(map(id, params))
+        if len(self._next) > _REMEMBERED:  # where they come in another order every time
+            self._next.clear()
         self._next[self._last] = params
         self._last = these
         with torch.no_grad():
