@@ -505,7 +505,9 @@ class AdamW(torch.optim.Optimizer):
             self._chooser, policy, self.transfer, self.block_size, scalars=self._scalars,
             kept_batches=KEPT_BUCKETS if self.gradient_release else KEPT_BATCHES,
         )  # fmt: skip
-        self._clipping = Clipping(self.max_grad_norm, self.adaptive_clip, self.nonfinite)
+        self._clipping = Clipping(
+            self.max_grad_norm, self.adaptive_clip, self.nonfinite, whole=not self.gradient_release
+        )
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
         if self.gradient_release:

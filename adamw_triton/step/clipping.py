@@ -111,9 +111,13 @@ class Clipping:
     max_norm: of all gradients; None: they are not clipped.
     factor: of each gradient, times the average of its norm; None: they are not clipped.
     nonfinite: one of ``arguments.NONFINITE``.
+    whole: whether what is judged is all of a step.
     """
 
-    def __init__(self, max_norm: float | None, factor: float | None, nonfinite: str) -> None:
+    def __init__(
+        self, max_norm: float | None, factor: float | None, nonfinite: str, *, whole: bool = True
+    ) -> None:
+        self._refused = "nothing has been stepped" if whole else "none of this bucket has been stepped"
         self._max_norm = max_norm
         self._factor = factor
         self._nonfinite = nonfinite
@@ -179,7 +183,7 @@ class Clipping:
             wrong = faults()
             more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             what = "; ".join(wrong[:NAMED]) or f"all are finite, but their norm is {float(first[1])}"
-            raise RuntimeError(f"gradients are not finite, and nothing has been stepped: {what}{more}")
+            raise RuntimeError(f"gradients are not finite, and {self._refused}: {what}{more}")
         skips = self._nonfinite == SKIPPED
         return Judged(outcomes, own, skips, _arrival(first) if skips else _never)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -75,6 +76,7 @@ class Release:
         finally:
             self._accumulating = max(0, self._accumulating - 1)
 
+    @_disable_dynamo
     def arrived(self, param: Tensor) -> None:
         """The gradient of a parameter is final in this backward."""
         if self._accumulating or not _syncs():
@@ -91,14 +93,22 @@ class Release:
         """Step what is left over: there are no gradients any more.
 
         Raises:
-            RuntimeError: backward has failed, with some parameters stepped already.
+            RuntimeError: backward has failed, with some parameters stepped already; or what was stepped has a
+                gradient again.
         """
         with self._lock:
             if self._ahead and self._running:
                 raise RuntimeError(self._failed())
             params = [param for group in groups for param in group["params"]]
-            if left := [param for param in params if param.grad is not None]:
-                self._step(left)
+            left = [param for param in params if param.grad is not None]
+            again = [param for param in left if id(param) in self._ahead]
+            if again:
+                raise RuntimeError(
+                    f"gradient_release: {self._called(again[0])} has a gradient again, after it was used up, "
+                    f"and so have {len(again) - 1} more: somebody puts them back, as DDP does. Make the "
+                    "optimizer with gradient_release=False, or the model without DDP"
+                )
+            self._step(left)
             self.begin()
             self.watch(groups)
 
@@ -122,7 +132,8 @@ class Release:
 
     def _step(self, params: Sequence[Tensor]) -> None:
         update = self._update()
-        if update is None:
+        params = [param for param in params if param.grad is not None]  # others may have dropped them since
+        if update is None or not params:
             return
         these = frozenset(map(id, params))
         if len(self._next) > _REMEMBERED:  # where they come in another order every time
@@ -138,21 +149,25 @@ class Release:
     def _note_backward(self) -> None:
         task: int = torch._C._current_graph_task_id()
         if task not in self._running:
+            if not self._ahead:  # whatever has failed before, nothing came of it
+                self._running.clear()
             self._running.add(task)
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: self._running.discard(task))
 
     def _twice(self, param: Tensor) -> str:
-        name = self._name()
-        called = "a parameter" if name is None else name(param)
         if self._running - {torch._C._current_graph_task_id()}:
             return self._failed()
         return (
-            f"gradient_release: {called} has got a second gradient before step(), and the first one is used "
-            "up: all backwards but the last before a step belong into `with optimizer.accumulating():`. "
+            f"gradient_release: {self._called(param)} has got a second gradient before step(), and the first "
+            "one is used up: all backwards but the last before a step belong into `with optimizer.accumulating():`. "
             "(Reentrant checkpoints of layers that share a parameter have several in one backward: use "
             "use_reentrant=False)"
         )
+
+    def _called(self, param: Tensor) -> str:
+        name = self._name()
+        return "a parameter" if name is None else name(param)
 
     def _failed(self) -> str:
         return (

@@ -10,6 +10,7 @@ import pickle
 import random
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +242,69 @@ def test_a_backward_that_failed_before_anything_was_stepped_is_none() -> None:
     assert {int(entry["step"]) for entry in optimizer.state.values()} == {1}
 
 
+def test_a_backward_that_failed_before_anything_was_stepped_may_be_tried_again() -> None:
+    """As after running out of memory: also where what has arrived waits for a bucket that is known."""
+    model, optimizer = tower()
+    x = torch.ones(2, 100)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    model[5].bias.sum().backward()
+    hook = failing(model, 5)
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    hook.remove()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    assert {int(entry["step"]) for entry in optimizer.state.values()} == {4}
+
+
+def test_what_was_dropped_while_it_waited_is_not_stepped() -> None:
+    """And has its place in the next backward."""
+    model, optimizer = tower()
+    for step in range(4):
+        if step > 1:
+            model[0].weight.pow(2).sum().backward()
+            model[5].bias.sum().backward()
+            optimizer.zero_grad()
+        model(torch.ones(2, 100)).sum().backward()
+        optimizer.step()
+        assert all(p.grad is None for p in model.parameters())
+    assert {int(entry["step"]) for entry in optimizer.state.values()} <= {4, 6}
+
+
+def test_gradients_that_are_put_back_are_refused(tmp_path: Path) -> None:
+    """By DDP, of one process too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'x'}", rank=0, world_size=1)
+    try:
+        model, optimizer = tower()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(torch.ones(2, 100)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"parameter '\d\.(weight|bias)' has a gradient again.*DDP"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_training_step_that_is_compiled_whole() -> None:
+    found = []
+    for compiled in (False, True):
+        model, optimizer = tower()
+
+        def step(x: Tensor, model: nn.Module = model, optimizer: AdamW = optimizer) -> None:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        for _ in range(3):
+            run(torch.ones(2, 100))
+        found.append(bits(list(model.parameters())))
+    assert found[0] == found[1]
+
+
 def test_a_second_backward_is_refused_by_name() -> None:
     model, optimizer = tower()
     for step in range(2):
@@ -365,7 +429,7 @@ def test_a_bucket_that_is_not_finite(nonfinite: str) -> None:
         layer(torch.full((1, 200), x)).sum() for layer, x in zip(model, (1.0, math.nan, 1.0), strict=True)
     )
     if nonfinite == "raise":
-        with pytest.raises(RuntimeError, match="not finite"):
+        with pytest.raises(RuntimeError, match="none of this bucket has been stepped"):
             loss.backward()  # type: ignore[union-attr]
         return
     loss.backward()  # type: ignore[union-attr]
