@@ -43,8 +43,9 @@ class Release:
         self._update = weakref.WeakMethod(update)
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
-        self._hooks: Any = WeakIdKeyDictionary()
-        """By parameter."""
+        self._heard = WeakIdKeyDictionary()
+        """Parameters that have a hook."""
+        self._hooks: list[Any] = []
         self._next: dict[frozenset[int], Sequence[Tensor]] = {}
         """What was stepped after these the last time."""
         self._last: frozenset[int] = frozenset()
@@ -56,7 +57,7 @@ class Release:
         self._lock = threading.RLock()  # each device has a thread of autograd's
 
     def __del__(self) -> None:
-        for hook in self._hooks.values():
+        for hook in self._hooks:
             hook.remove()
 
     def watch(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -64,8 +65,9 @@ class Release:
         for group in groups:
             for param in group["params"]:
                 can = param.requires_grad and param.is_leaf and not is_lazy(param)
-                if can and param not in self._hooks:
-                    self._hooks[param] = param.register_post_accumulate_grad_hook(_Hook(self))
+                if can and param not in self._heard:
+                    self._heard[param] = True
+                    self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self)))
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -160,7 +162,7 @@ class Release:
             return self._failed()
         return (
             f"gradient_release: {self._called(param)} has got a second gradient before step(), and the first "
-            "one is used up: all backwards but the last before a step belong into `with optimizer.accumulating():`. "
+            "is used up: all backwards but the last before a step belong into `with optimizer.accumulating():`. "
             "(Reentrant checkpoints of layers that share a parameter have several in one backward: use "
             "use_reentrant=False)"
         )
