@@ -163,8 +163,8 @@ class Release:
         return (
             f"gradient_release: {self._called(param)} has got a second gradient before step(), and the first "
             "is used up: all backwards but the last before a step belong into `with "
-            "optimizer.accumulating():`. (Reentrant checkpoints of layers that share a parameter have several "
-            "in one backward: use use_reentrant=False)"
+            "optimizer.accumulating():`. (Reentrant checkpoints of layers that share a parameter have "
+            "several in one backward: use use_reentrant=False)"
         )
 
     def _called(self, param: Tensor) -> str:
