@@ -90,11 +90,12 @@ def check_weights(variant: str, master_weights: object, stochastic_rounding: obj
 
 
 def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object, capturable: bool) -> None:
-    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+    most, factor = as_number(max_grad_norm), as_number(adaptive_clip)
+    if max_grad_norm is not None and (most is None or not most > 0):
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r}; it must be a number > 0, or None: no clipping"
         )
-    if adaptive_clip is not None and not (_is_number(adaptive_clip) and 1 <= adaptive_clip < math.inf):
+    if adaptive_clip is not None and (factor is None or not 1 <= factor < math.inf):
         raise ValueError(
             f"Invalid adaptive_clip: {adaptive_clip!r}; it must be a finite number >= 1 (below, each step "
             "would shrink the average it is measured by), or None: no clipping"
@@ -133,15 +134,14 @@ def check_unscaled(released: bool, found_inf: Tensor | None, scale: float | Tens
         )
 
 
-def _is_number(value: object) -> bool:
-    """A finite one that a float can hold, or an infinity; numpy's too."""
+def as_number(value: object) -> float | None:
+    """None if it is none, or one that no float can hold. numpy's are numbers too, truth values are not."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        return False
+        return None
     try:
-        float(value)
+        return float(value)
     except OverflowError:
-        return False
-    return True
+        return None
 
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:

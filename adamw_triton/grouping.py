@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from adamw_triton.arguments import as_number
 from adamw_triton.tensors import is_flattened
 
 _NORM = re.compile(r"Norm(\dd|Gated)?$")
@@ -161,18 +162,11 @@ def _check_numbers(weight_decay: object, lr: object, layer_decay: object) -> Non
         allowed = "above 0 and at most 1" if name == "layer_decay" else "finite and >= 0"
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number {allowed}, or None, got {value!r:.60}")
-        number = _as_float(value)
-        if not (0 < number <= 1 if name == "layer_decay" else 0 <= number < math.inf):
+        number = as_number(value)
+        if number is None or not (0 < number <= 1 if name == "layer_decay" else 0 <= number < math.inf):
             raise ValueError(f"Invalid {name}: {value}; it must be {allowed}")
     if layer_decay is not None and lr is None:
         raise ValueError(f"layer_decay={layer_decay} needs lr, from which the learning rates of layers fall")
-
-
-def _as_float(number: Real) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
 
 
 def _spared(places: list[_Place], no_decay: Iterable[str]) -> set[str]:

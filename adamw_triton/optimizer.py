@@ -28,6 +28,7 @@ from adamw_triton.arguments import (
 )
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
+from adamw_triton.paging.pager import never
 from adamw_triton.places.reservations import KEPT_BATCHES, KEPT_BUCKETS, Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
@@ -279,8 +280,9 @@ class AdamW(torch.optim.Optimizer):
         if self._release is not None:
             self._release.close(self.param_groups)
         else:
-            self._clipping.begin()
-            self._update(scale)
+            with lasting(), self._store.hold():
+                self._clipping.begin()
+                self._update(scale)
         return loss
 
     def accumulating(self) -> AbstractContextManager[None]:
@@ -299,21 +301,16 @@ class AdamW(torch.optim.Optimizer):
     def _released(self, params: Sequence[Tensor], first: bool, following: Sequence[Tensor]) -> None:
         """Update these parameters, while backward runs or at its end. ``first``: of this step;
         ``following``: the next ones, most likely."""
-        if first:
-            self._whole.check()
-            self._clipping.begin()
-            self._store.forget()
-        self._update(None, set(map(id, params)))
-        with self._store.hold():
+        with lasting(), self._store.hold():
+            if first:
+                self._whole.check()
+                self._clipping.begin()
+                self._store.forget()
+            self._update(None, set(map(id, params)))
             self._places.fetch(set(map(id, following)))
 
-    @lasting()
     def _update(self, scale: float | Tensor | None, among: Collection[int] | None = None) -> None:
         """Update the parameters that have gradients, or those of them that have these ids."""
-        with self._store.hold():
-            self._update_alone(scale, among)
-
-    def _update_alone(self, scale: float | Tensor | None, among: Collection[int] | None) -> None:
         for group in self.param_groups:
             check_group(group, VARIANTS[self.variant].bits, self._scalars.on_device)
         stepped = Stepped.of(self.param_groups, among)
@@ -333,7 +330,7 @@ class AdamW(torch.optim.Optimizer):
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
                 begin_anew(changed)
-            self._store.run(work, judged and judged.known_skipped)
+            self._store.run(work, judged.known_skipped if judged is not None else never)
             batch.count(judged)
             batch.copy_back(ordered, items)
             batch.remember()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adamw_triton.arguments import as_number
 from adamw_triton.checkpoint.dialects import DIALECTS, NOT_OURS, OTHERS, Dialect, Part
 from adamw_triton.state.buffers import NORM
 from adamw_triton.state.formats import KEPT, Format, Moments, as_real, is_dense
@@ -253,12 +253,7 @@ def _number(key: str, value: Any, name: str) -> float | None:
     if isinstance(value, Tensor):
         value = _plain(key, value, None, name)
         value = value.item() if value.numel() == 1 else None
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+    return as_number(value)
 
 
 def _plain(key: str, value: Any, dtypes: tuple[torch.dtype, ...] | None, name: str) -> Tensor:

@@ -33,6 +33,10 @@ Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
 """Pages, and what updates each, given its arrays where the device has them."""
 
 
+def never() -> bool:
+    return False
+
+
 @dataclass(eq=False)
 class Stage:
     """A staging buffer."""
@@ -63,7 +67,8 @@ class Pager:
         self._reached: weakref.WeakKeyDictionary[StateBuffer, bool] = weakref.WeakKeyDictionary()
 
     def __del__(self) -> None:
-        self.finish()  # or the ring's memory would be used anew while pages go out of it
+        if self._last is not None:  # before the first walk, nothing is fetched either
+            self.finish()  # or the ring's memory would be used anew while pages go out of it
 
     @property
     def staging_bytes(self) -> int:
@@ -91,7 +96,7 @@ class Pager:
             found = self._reached[buffer] = all(map(self._device.reaches, buffer.arrays.values()))
         return found
 
-    def walk(self, work: Work, stop: Callable[[], bool] | None = None) -> None:
+    def walk(self, work: Work, stop: Callable[[], bool] = never) -> None:
         """Queue the updates of all pages. Any order of them would do: no two share an element.
 
         Args:
@@ -102,11 +107,11 @@ class Pager:
             if self._transfer == ZERO_COPY:
                 self._in_place(work)
             else:
-                self._copying(work, stop or _never)
+                self._copying(work, stop)
         except BaseException:
             self._device.synchronize()  # what is queued uses memory that may be freed now
             raise
-        if self._last is None or (stop is not None and stop()):
+        if stop():
             return  # of what has not moved there is nothing to learn
         nbytes = sum(array.nbytes for page, _ in work for array in page.arrays().values())
         self._choice.ran(self._transfer, nbytes, begin, self._last)
@@ -197,10 +202,6 @@ def _overlap(one: Page | None, other: Page) -> bool:
     return (
         one is not None and one.buffer is other.buffer and one.start < other.stop and other.start < one.stop
     )
-
-
-def _never() -> bool:
-    return False
 
 
 def carve(stage: Tensor, arrays: Arrays) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.host import require_host
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.device import Device, device_for
-from adamw_triton.paging.pager import Pager, Work
+from adamw_triton.paging.pager import Pager, Work, never
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
 from adamw_triton.state.buffers import STEPS, Page, Scalars, Slot, State, StateBuffer, begin_anew, make_slots
@@ -173,7 +173,7 @@ class Store:
             paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
             self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
 
-    def run(self, work: Work, stop: Callable[[], bool] | None = None) -> None:
+    def run(self, work: Work, stop: Callable[[], bool] = never) -> None:
         """Update all pages: resident ones where they are, while the first of the others come in. ``stop``:
         asked before each of these, whether they may stay where they are."""
         for page, update in work:

@@ -31,12 +31,10 @@ class Buckets:
         bucket = waiting.setdefault(number, {})
         bucket[id(param)] = param
         if sum(map(_nbytes, waiting.values())) > 2 * self._nbytes:
-            found = [self._take(waiting, each) for each in list(waiting)]
-        elif bucket.keys() == self._members[number] if number >= 0 else _nbytes(bucket) >= self._nbytes:
-            found = [self._take(waiting, number)]
-        else:
-            found = []
-        return found
+            return [self._take(waiting, each) for each in list(waiting)]
+        is_learnt = number != _UNKNOWN
+        full = bucket.keys() == self._members[number] if is_learnt else _nbytes(bucket) >= self._nbytes
+        return [self._take(waiting, number)] if full else []
 
     def rest(self) -> list[list[Tensor]]:
         """What has arrived and waits, at the end of a step."""

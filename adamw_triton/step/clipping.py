@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adamw_triton.arguments import NONFINITE
 from adamw_triton.memory.lasting import lasting
+from adamw_triton.paging.pager import never
 from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton.tensors import is_flattened
 from adamw_triton_kernels import Verdict, norms_for
@@ -140,9 +141,8 @@ class Clipping:
             return self._norms[0] if self._norms else None
         device = self._norms[0].device
         norms = torch.stack([norm.to(device) for norm in self._norms])
-        exact = (
-            torch.float64 if has_float64(device) else torch.float32
-        )  # a square of 1e30 is too much for fp32
+        # fp32 has no square of 1e30
+        exact = torch.float64 if has_float64(device) else torch.float32
         total: Tensor = torch.linalg.vector_norm(norms.to(exact)).float()
         return total
 
@@ -167,7 +167,7 @@ class Clipping:
         """
         if not norms:
             self._norms.append(torch.zeros(()))
-            return Judged({}, {}, False, _never)
+            return Judged({}, {}, False, never)
         outcomes, own = {}, {}
         for device, (mine, found) in norms.items():
             here = [each.to(device, non_blocking=True) for _, each in norms.values()]
@@ -185,7 +185,7 @@ class Clipping:
             what = "; ".join(wrong[:NAMED]) or f"all are finite, but their norm is {float(first[1])}"
             raise RuntimeError(f"gradients are not finite, and {self._refused}: {what}{more}")
         skips = self._nonfinite == SKIPPED
-        return Judged(outcomes, own, skips, _arrival(first) if skips else _never)
+        return Judged(outcomes, own, skips, _arrival(first) if skips else never)
 
     @lasting()
     def _counter(self, device: torch.device) -> Tensor | None:
@@ -204,17 +204,13 @@ def _scale(loss_scale: float | Tensor | None, device: torch.device) -> Tensor | 
     return torch.full((1,), loss_scale, dtype=torch.float32, device=device)
 
 
-def _never() -> bool:
-    return False
-
-
 def _arrival(outcome: Tensor) -> Callable[[], bool]:
     """Whether the factor is known to be ``SKIP``: on a GPU, once a copy has arrived on the host."""
     if outcome.device.type == "cpu":
         skipped = bool(outcome[0] == SKIP)
         return lambda: skipped
     if outcome.device.type != "cuda" or capturing():
-        return _never
+        return never
     here = torch.empty(2, dtype=torch.float32, device="cpu", pin_memory=True)
     here.copy_(outcome, non_blocking=True)
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -133,7 +133,7 @@ def test_state_of_an_optimizer_without() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_a_skipped_step_teaches_nothing(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
-        monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping._never)
+        monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping.never)
     params = parameters()
     optimizer = AdamW(params, adaptive_clip=FACTOR, nonfinite="skip", variant="8bit")
     train(optimizer, WARM_UP + 1)

@@ -39,7 +39,7 @@ def interpreted(backend: str) -> None:
 def knowledge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the host knows by the time of the update that the step is skipped: on a GPU, rarely."""
     if request.param == "unknown":
-        monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping._never)
+        monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping.never)
 
 
 def true_norm(params: Sequence[Tensor]) -> float:
@@ -276,7 +276,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("variant", ["32bit", "8bit", "paged_8bit"])
 def test_a_launch_pair_more_and_no_wait(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping._never)
+    monkeypatch.setattr(clipping, "_arrival", lambda outcome: clipping.never)
     counts = []
     for clips in ({}, {"max_grad_norm": 1.0}):
         params = parameters(dtype=torch.bfloat16)
