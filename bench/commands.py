@@ -19,6 +19,7 @@ SUITES = {
 PROOFS = {
     "gputests": "the tests that need a GPU",
     "sanitize": "compute-sanitizer over tests of the kernels",
+    "tune": "the kernels at other sizes of their programs",
 }
 COMMANDS = {
     "prove": "on a GPU machine without network: tests, suites and goals in under ten minutes",

@@ -57,6 +57,8 @@ class Watch:
         if self._seen != seen or self.owed:
             now = self._note()
             short = self._needs(now) - now.available
+            if 2 * short <= now.slack:  # of which the half is left: it is there for such
+                short = 0
             if now.retries > self._retries:
                 self._retries, self._steps = now.retries, 0
                 short = max(short, now.slack)
@@ -95,8 +97,8 @@ class Watch:
             self._quiet *= 1 + self._returned
             self._spilled, self._returned = True, False
             _log.warning(
-                "auto: %s: %s of state moved from %s to the host, until there is room for it over %d steps",
-                *(why, format_bytes(freed), self._device, self._quiet),
+                "auto: %s (%s): %s of state moved from %s to the host, until there is room for it over %d steps",
+                *(why, format_bytes(short), format_bytes(freed), self._device, self._quiet),
             )
         return freed
 

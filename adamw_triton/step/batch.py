@@ -16,7 +16,7 @@ from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
-from adamw_triton_kernels.tables import capturing, stream_of
+from adamw_triton_kernels.tables import capturing, send, stream_of
 from adamw_triton_kernels.work import REMAINDER, in_turn
 
 PAGE_CHUNKS = 2048
@@ -214,7 +214,7 @@ class Batch:
 def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
     ones = torch.zeros(len(steps), device="cpu")
     ones[slots] = 1
-    return ones.to(steps.device)
+    return send(ones, steps.device)
 
 
 def _cut(

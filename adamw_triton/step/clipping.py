@@ -17,7 +17,7 @@ from adamw_triton.paging.pager import never
 from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton.tensors import is_flattened
 from adamw_triton_kernels import Verdict, norms_for
-from adamw_triton_kernels.tables import capturing, has_float64
+from adamw_triton_kernels.tables import capturing, has_float64, send
 from adamw_triton_kernels.work import SKIP, Adapting
 
 PROPAGATE, SKIPPED, RAISED = NONFINITE
@@ -87,7 +87,7 @@ class Gradients:
             of_buffer[slot.buffer].append((slot.index, place))
         found = []
         for buffer, pairs in of_buffer.items():
-            slots, places = torch.tensor(pairs, device="cpu").to(buffer.device).unbind(1)
+            slots, places = send(torch.tensor(pairs, device="cpu"), buffer.device).unbind(1)
             found.append((buffer, slots, places))
         return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels import Hyper, hyper_table
-from adamw_triton_kernels.tables import DeviceTable, has_float64
+from adamw_triton_kernels.tables import DeviceTable, has_float64, send
 from adamw_triton_kernels.work import SETTINGS, hyper_table_at
 
 
@@ -131,10 +131,11 @@ class OnDevice:
     def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
         self._groups = list(dict.fromkeys(groups))
         self._steps = steps
-        self._slots = torch.tensor(slots, device=steps.device)
+        self._slots = send(torch.tensor(slots, device="cpu"), steps.device)
         self._rows = tuple(range(len(groups)))
         self._there = steps.device if has_float64(steps.device) else torch.device("cpu")
-        self._group_of = torch.tensor([self._groups.index(group) for group in groups], device=self._there)
+        group_of = torch.tensor([self._groups.index(group) for group in groups], device="cpu")
+        self._group_of = send(group_of, self._there)
         self._numbers = DeviceTable(self._there)
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:

@@ -52,7 +52,7 @@ class Kernel:
     @property
     def tile(self) -> int:
         """Elements of a whole tile."""
-        return int(self.module.TILE)
+        return int(self.module.SHAPES[self.block][1] if self.block else self.module.TILE)
 
     @property
     def alignment(self) -> int:

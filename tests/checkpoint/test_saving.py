@@ -129,7 +129,8 @@ def test_map_location_with_a_gpu(variant: str, place: str, tmp_path: Path) -> No
         param.grad = torch.ones_like(param)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").stat().st_size <= 1.1 * state_bytes(optimizer)
+    file = 8 << 10  # names, groups and the archive itself
+    assert (tmp_path / "state.pt").stat().st_size <= state_bytes(optimizer) + file
     twin = AdamW([Parameter(p.detach().clone()) for p in params], variant=variant)
     twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, map_location=place))
     assert state_bits(twin) == state_bits(optimizer)

@@ -66,8 +66,10 @@ def bits(tensors: Sequence[Tensor]) -> list[bytes]:
 
 
 def state_bits(optimizer: torch.optim.Optimizer) -> list[dict[str, bytes]]:
-    """The state of every parameter, bit for bit."""
+    """The state of every parameter that has some, in the order of the groups, bit for bit."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    entries = (optimizer.state[param] for param in params if param in optimizer.state)
     return [
         dict(zip(entry, bits([torch.as_tensor(value).reshape(-1) for value in entry.values()]), strict=True))
-        for entry in optimizer.state.values()
+        for entry in entries
     ]

@@ -127,7 +127,7 @@ def test_the_bits_of_an_ordinary_step(seed: int) -> None:
     micro = chance.choice((1, 1, 2, 8))
     before, after = (train(m, o, 4, micro) for m, o in ((model, plain), (other, released)))
     assert bits(list(model.parameters())) == bits(list(other.parameters()))
-    assert sorted(map(str, state_bits(plain))) == sorted(map(str, state_bits(released)))
+    assert state_bits(plain) == state_bits(released)
     if before[0] is not None:
         assert list(map(float, after)) == pytest.approx(list(map(float, before)), rel=1e-5)
 
@@ -365,7 +365,7 @@ def test_learning_rates_of_zero_count_as_steps() -> None:
         for group in o.param_groups:
             group["lr"] = 0.0
         train(m, o, 1, 1)
-    assert sorted(map(str, state_bits(plain))) == sorted(map(str, state_bits(released)))
+    assert state_bits(plain) == state_bits(released)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -481,7 +481,7 @@ def test_any_order_of_arrival_gives_the_same_bits(variant: str) -> None:
             o.step()
             o.zero_grad()
         assert bits(list(model.parameters())) == bits(list(other.parameters())), step
-    assert sorted(map(str, state_bits(plain))) == sorted(map(str, state_bits(released)))
+    assert state_bits(plain) == state_bits(released)
 
 
 @pytest.mark.usefixtures("small_pages")

@@ -48,7 +48,7 @@ def test_the_bits_of_an_ordinary_step(variant: str, stream: str) -> None:
             step(other, released, seed)
     torch.cuda.synchronize()
     assert bits(list(model.parameters())) == bits(list(other.parameters()))
-    assert sorted(map(str, state_bits(plain))) == sorted(map(str, state_bits(released)))
+    assert state_bits(plain) == state_bits(released)
 
 
 def test_gradients_take_little_memory() -> None:

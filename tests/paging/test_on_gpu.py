@@ -40,7 +40,7 @@ def everything(optimizer: AdamW) -> tuple[list[bytes], list[dict[str, bytes]]]:
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transfer", ["copy", "zero_copy", "auto"])
-@pytest.mark.parametrize("budget", [None, "1MiB", "4MiB"])
+@pytest.mark.parametrize("budget", [None, "1MiB", "2MiB"])
 def test_paged_and_resident_steps_give_the_same_bits(
     bits_: str, dtype: torch.dtype, transfer: str, budget: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +54,7 @@ def test_paged_and_resident_steps_give_the_same_bits(
 def test_state_takes_no_more_of_the_gpu_than_its_staging(variant: str) -> None:
     params = [Parameter(torch.zeros(200_000_000, dtype=torch.bfloat16, device="cuda"))]
     params[0].grad = torch.ones_like(params[0])
+    gc.collect()  # what other tests left
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     optimizer = AdamW(params, variant=variant, transfer="copy")

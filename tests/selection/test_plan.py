@@ -246,7 +246,8 @@ def test_the_gpu_that_is_here_is_measured() -> None:
     model = nn.Linear(1000, 1000, device="cuda")
     plan = adamw_triton.plan(model, activations=0)
     assert spent(plan)["memory"] == torch.cuda.mem_get_info()[1]
-    assert plan.limits[0].room <= torch.cuda.mem_get_info()[0]
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert plan.limits[0].room <= torch.cuda.mem_get_info()[0] + cached
     assert plan.chosen is not None
 
 
