@@ -43,7 +43,7 @@ def compare(variant: str) -> None:
 
 def trained(variant: str, device: str) -> torch.Tensor:
     values = torch.linspace(-1, 1, ELEMENTS)
-    weight = torch.nn.Parameter(values.to(device))
+    weight = torch.nn.Parameter(values.to(device, copy=True))  # else on the CPU it is `values` itself
     optimizer = AdamW([weight], lr=0.01, variant=variant)
     for step in range(1, STEPS + 1):
         weight.grad = (values * step + 0.1).to(device)

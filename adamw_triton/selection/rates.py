@@ -13,6 +13,8 @@ from adamw_triton.selection.cards import find_card
 
 MEASURED_BYTES = 256 << 20
 """Of each of four buffers: more than any cache holds."""
+FEWEST_BYTES = 32 << 20
+"""From so few, launching a copy takes longer than the copy: 4 MiB gave an H100 a twentieth of its bandwidth."""
 
 
 class Rates(NamedTuple):
@@ -45,9 +47,11 @@ def named(card: str) -> Rates:
 
 def measured(device: torch.device) -> Rates:
     """Of a GPU that is here. Takes a fraction of a second, once a process, and an eighth of what is free at
-    most."""
+    most; where that is too little, what is known of the card."""
     if device not in _found:
-        size = max(1 << 20, min(MEASURED_BYTES, torch.cuda.mem_get_info(device)[0] // 16))
+        size = min(MEASURED_BYTES, torch.cuda.mem_get_info(device)[0] // 16)
+        if size < FEWEST_BYTES:
+            return known(device)
         _found[device] = measure(device, size)
     return _found[device]
 

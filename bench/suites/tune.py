@@ -56,16 +56,16 @@ class Kernel:
         return f"{self.bits}bit{block} {self.dtype}{', exact' if self.exact else ''}"
 
 
-SMALL, WIDE = Choice(64, 1024), Choice(256, 2048)
+SMALL, NARROW = Choice(64, 512), Choice(128, 1024)
 KERNELS = (
-    Kernel(8, "bf16", choices=(Choice(128, 2048), Choice(64, 512), Choice(32, 512))),
-    Kernel(8, "bf16", exact=True, choices=(Choice(128, 2048),)),
-    Kernel(8, "fp32", choices=(Choice(128, 2048), Choice(64, 512))),
-    Kernel(8, "bf16", 256, choices=(SMALL, Choice(128, 2048, 128), Choice(256, 4096))),
+    Kernel(8, "bf16", choices=(Choice(128, 2048), SMALL)),
+    Kernel(8, "bf16", exact=True, choices=(Choice(128, 2048), SMALL)),
+    Kernel(8, "fp32", choices=(Choice(128, 2048), SMALL)),
+    Kernel(8, "bf16", 256, choices=(SMALL, NARROW, Choice(128, 2048, 128))),
     Kernel(8, "bf16", 256, exact=True, choices=(SMALL,)),
-    Kernel(32, "bf16", choices=(WIDE, Choice(64, 512))),
-    Kernel(32, "bf16", exact=True, choices=(WIDE,)),
-    Kernel(32, "fp32", choices=(Choice(256, 1024), WIDE)),
+    Kernel(32, "bf16", choices=(NARROW, Choice(256, 1024))),
+    Kernel(32, "bf16", exact=True, choices=(NARROW,)),
+    Kernel(32, "fp32", choices=(NARROW, Choice(256, 1024))),
 )
 
 
@@ -110,7 +110,7 @@ def measure(kernel: Kernel, choice: Choice, device: str, seed: int) -> Measured:
     """Each in turn with a copy."""
     import adamw_triton
 
-    elements, timer = ELEMENTS[device], Timer(device)
+    elements, timer = ELEMENTS[device], Timer(device, ahead=True)
     torch.manual_seed(seed)
     param = torch.randn(elements, device=device).to(suite.DTYPES[kernel.dtype]).requires_grad_()
     param.grad = torch.randn(elements, device=device).mul_(1e-3).to(param.dtype)

@@ -13,9 +13,11 @@ from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, mix, new_weight
 from adamw_triton_kernels.work import NEAREST, Arrays, Call, Layout, Update
 
-THREADS = 128
-TILE = 1024  # 8 elements a thread: 128-bit accesses of bf16
-TAIL = 256
+# 8 elements a thread: 128-bit accesses of bf16. Programs of 256 threads move 2% more than of 128 on an H100
+# (`bench tune`), in no more instructions (`bench audit`).
+THREADS = 256
+TILE = 2048
+TAIL = 512
 
 
 @Update

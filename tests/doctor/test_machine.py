@@ -90,6 +90,17 @@ def test_a_trial_sees_a_block_of_wrong_weights(variant: str, wrong: float, on_gp
         trial.compare(variant)
 
 
+def test_a_trial_takes_the_steps_it_says() -> None:
+    """On the CPU a copy, as on a GPU: its gradients were once made of the weights that it had updated."""
+    values = torch.linspace(-1, 1, trial.ELEMENTS)
+    weight = torch.nn.Parameter(values.clone())
+    optimizer = torch.optim.AdamW([weight], lr=0.01)
+    for step in range(1, trial.STEPS + 1):
+        weight.grad = values * step + 0.1
+        optimizer.step()
+    assert (trial.trained("32bit", "cpu") - weight.detach()).abs().max() < 1e-6
+
+
 def test_a_trial_trains() -> None:
     """What is compared is not what it began with."""
     moved = trial.trained("8bit", "cpu") - torch.linspace(-1, 1, trial.ELEMENTS)

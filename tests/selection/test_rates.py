@@ -32,6 +32,15 @@ def test_what_was_measured_goes_before_the_table(monkeypatch: pytest.MonkeyPatch
     assert rates.known(CUDA) is found
 
 
+def test_where_hardly_any_memory_is_free_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By copies of 4 MiB, an H100 once had a twentieth of its bandwidth."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 20, 1 << 40))
+    monkeypatch.setattr(rates, "_found", {})
+    assert rates.measured(CUDA).source == "known of the T4"
+    assert rates._found == {}
+
+
 def test_the_hosts_own_copies_can_be_measured() -> None:
     """The same code as on a GPU, whose streams are the host here."""
     found = rates.measure(torch.device("cpu"), 1 << 22)

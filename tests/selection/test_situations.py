@@ -81,7 +81,7 @@ SITUATIONS = [
     ("RTX 4060", "0.5B", "bf16", "full", 16, 0, 1.5, "speed", "32bit", None),
     ("RTX 4060", "1B", "bf16", "full", 16, 0, 1, "speed", "8bit, partly paged", 7.73),
     ("RTX 4060", "1B", "bf16", "full", 16, 0, 2, "speed", "8bit, partly paged", 8.73),
-    ("RTX 4060", "1B", "bf16", "full", 1, 0, 1, "speed", None, 7.73),
+    ("RTX 4060", "1B", "bf16", "full", 1, 0, 1, "speed", "8bit, partly paged", 7.73),
     ("RTX 3060", "1B", "bf16", "full", 16, 0, 1, "speed", "8bit", 3.78),
     ("RTX 3060", "1B", "bf16", "full", 16, 4, 1, "speed", "8bit, partly paged", 7.7),
     ("RTX 3060", "3B", "bf16", "lora32", 16, 0, 3, "speed", "32bit", None),
