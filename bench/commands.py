@@ -8,6 +8,8 @@ SUITES = {
     "paged": "steps whose state comes over the link, beside resident ones and the link itself",
     "memory": "peak of a step by place, beside what the plan says",
     "train": "a Llama trained: step time, memory, loss",
+    "limit": "whole models fine-tuned where there is hardly room for their weights",
+    "tokens": "what an optimizer adds to a training step, by the tokens of that step",
     "first": "seconds of a first step: compiled, and from Triton's cache",
     "convergence": "losses by seed, beside the noise of fp32 itself",
     "precision": "what 16-bit weights lose: nearest, stochastic and exact ones beside fp32's curve",

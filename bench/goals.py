@@ -36,6 +36,10 @@ def seconds(value: float) -> str:
     return f"{1e6 * value:.0f} µs" if value < 1e-3 else f"{value:.3g} s"
 
 
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
 def count(value: float) -> str:
     return f"{value:.0f}"
 
@@ -73,7 +77,8 @@ PER_TENSOR = {
     "flashoptim 8-bit": 8,
 }
 """Peers that launch kernels for each tensor, and the bits of their state."""
-BESIDE = ("torch fused", "torchao CPU offload", "bitsandbytes paged 8-bit", "bitsandbytes paged 32-bit")
+PAGED = ("adamw_triton paged_8bit", "adamw_triton paged_8bit, released")
+BESIDE = ("torchao CPU offload", "bitsandbytes paged 8-bit")
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 TESTED = {
     "kernels against float64 on the CPU": "tests/kernels/test_against_float64.py",
@@ -82,6 +87,9 @@ TESTED = {
     "two processes on one GPU": "tests/paging/test_two_processes.py",
     "CUDA graphs": "tests/optimizer/test_capturable.py",
     "auto under a balloon trains without OOM, bytes within 1% of its plan": "tests/selection/test_on_gpu.py",
+    "clipping and sick gradients": "tests/optimizer/test_clipping_on_gpu.py",
+    "gradient release": "tests/optimizer/test_release_on_gpu.py",
+    "state that moves, streams, a fork": "tests/paging/test_moves_on_gpu.py",
 }
 
 
@@ -100,10 +108,13 @@ def share_of_link(bits: int) -> Read:
     return largest(*(figure("paged", "optimizers", key, "share_of_link") for key in ways))
 
 
-def training(key: str) -> Read:
-    """A step as a multiple of one with 32-bit state on the GPU."""
-    medians = (figure("train", "optimizers", one, "whole", "median") for one in (key, OURS[32]))
-    return ratio(*medians)
+def added(model: str, key: str, tokens: int) -> Read:
+    """To forward and backward of so many tokens, as a share of them."""
+    return figure("tokens", "models", model, "optimizers", key, str(tokens), "added")
+
+
+def limited(model: str, name: str) -> Read:
+    return figure("limit", "models", model, name)
 
 
 def placed(variant: str, name: str) -> Read:
@@ -149,9 +160,18 @@ GOALS = (
     *(Goal(f"{variant}: GPU bytes off what was predicted",
            off(placed(variant, "measured"), placed(variant, "predicted")), percent, most=0.01)
       for variant in VARIANTS),
-    Goal("a step of a 1B Llama, paged_8bit / 32bit", training("adamw_triton paged_8bit"), times, most=1.02),
-    *(Goal(f"beside it, {key} / 32bit", training(key), times)
-      for key in BESIDE),
+    *(Goal(f"exact weights, {bits}-bit, bf16: takes of the same without",
+           faster("1.1e9, bf16", OURS[bits], f"{OURS[bits]}, exact"), times, most=1.1,
+           note=f"it moves {bytes_} bytes an element")
+      for bits, bytes_ in ((32, "26 instead of 22"), (8, "14 instead of 10"))),
+    *(Goal(f"a {model} Llama, {tokens:,} tokens: {key} adds", added(model, key, tokens), percent)
+      for model, counts in (("1B", (2048, 8192, 32768)), ("3B", (2048, 8192)))
+      for tokens in counts for key in (*PAGED, *BESIDE)),
+    Goal("3B, fine-tuned with release: peak off its plan",
+         limited("Llama-3.2-3B", "off_plan"), percent, most=0.02),
+    Goal("8B in 24 GB, fine-tuned with release: parameters",
+         limited("Llama-3.1-8B in 24 GB", "parameters"), number, least=8e9),
+    Goal("the largest in 24 GB: parameters", limited("the deepest in 24 GB", "parameters"), number),
     *(Goal(f"first step, {how}", largest(*(figure("first", "variants", v, how) for v in ("32bit", "8bit"))),
            seconds, most=most)
       for how, most in (("cold", 3.0), ("cached", 0.3))),

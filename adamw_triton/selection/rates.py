@@ -14,7 +14,7 @@ from adamw_triton.selection.cards import find_card
 MEASURED_BYTES = 256 << 20
 """Of each of four buffers: more than any cache holds."""
 FEWEST_BYTES = 32 << 20
-"""From so few, launching a copy takes longer than the copy: 4 MiB gave an H100 a twentieth of its bandwidth."""
+"""Of fewer, launching a copy takes longer than the copy: 4 MiB gave an H100 a twentieth of its bandwidth."""
 
 
 class Rates(NamedTuple):

@@ -11,7 +11,6 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import pytest
 import torch
 
 from bench import children, goals, prove, wheels
-from bench.optimizers import OPTIMIZERS, RESIDENT
-from bench.suites import first, gputests, host, memory, paged, sanitize, step, train
+from bench.optimizers import EXACT, OPTIMIZERS, RESIDENT
+from bench.suites import first, gputests, host, limit, memory, paged, sanitize, step, tokens
 from bench.timing import Spread
 
 # --- Figures of a GPU that there is not, in the shape in which the suites write theirs --------------------
@@ -38,7 +37,7 @@ def good_step() -> dict[str, Any]:
     cases = {}
     for case in step.cases("cuda", quick=False):
         elements = 1_000_000
-        times = {one.key: 28 * elements / COPY * (1 if one.ours else 10) for one in RESIDENT}
+        times = {one.key: 28 * elements / COPY * (1 if one.ours else 10) for one in (*RESIDENT, *EXACT)}
         measured = {
             key: step.Measured.of(spread(t), 1.0, 28 * elements, elements) for key, t in times.items()
         }
@@ -47,9 +46,18 @@ def good_step() -> dict[str, Any]:
     return {"cases": cases}
 
 
-def good_train() -> dict[str, Any]:
-    run = train.Run([2.0, 1.0], spread(1.0), spread(0.1), 0.5, 1 << 30, 8, 1)
-    return {"optimizers": {one.key: asdict(run) for one in OPTIMIZERS}, "cannot_run": {}}
+def good_tokens() -> dict[str, Any]:
+    models = {}
+    for task in tokens.tasks("cuda", quick=False):
+        alone = {count: spread(1.0) for count in task.tokens}
+        keys = [*task.optimizers, *(one.key for one in tokens.RELEASED)]
+        measured = {key: {count: spread(1.1) for count in task.tokens} for key in keys}
+        models[task.name] = tokens.Result(task, alone, measured, {}).record()
+    return {"models": models}
+
+
+def good_limit() -> dict[str, Any]:
+    return {"models": {name: {"off_plan": 0.01, "parameters": 8_030_261_248} for name in limit.tasks(False)}}
 
 
 def good_tests(tmp_path: Path) -> dict[str, Any]:
@@ -72,7 +80,8 @@ def good(tmp_path: Path) -> dict[str, Any]:
         "sanitize": {"tools": sanitize.outcomes(texts, dict.fromkeys(sanitize.TOOLS, 0))},
         "step": good_step(),
         "paged": {"optimizers": {one.key: paged.record(moved, link) for one in paged.rows("cuda")}},
-        "train": good_train(),
+        "tokens": good_tokens(),
+        "limit": good_limit(),
         "memory": {"optimizers": memory.record({one.key: placed for one in OPTIMIZERS if one.ours})},
         "host": {"seconds": {"300": host.record({name: [1e-4] for name in host.builders("cuda")})}},
         "first": first.record({key: {how: {"first": 0.2} for how in first.HOW} for key in first.VARIANTS}),
@@ -130,9 +139,12 @@ WORSE = {
     "bytes": (
         put(1015, "memory", "optimizers", "adamw_triton paged_32bit", "measured", "gpu"),
         ["paged_32bit: GPU bytes off what was predicted"]),
-    "training": (
-        put(1.021, "train", "optimizers", "adamw_triton paged_8bit", "whole", "median"),
-        ["a step of a 1B Llama, paged_8bit / 32bit"]),
+    "exact weights": (
+        slower("1.1e9, bf16", f"{OURS}, exact", 1.11),
+        ["exact weights, 32-bit, bf16: takes of the same without"]),
+    "a plan": (
+        put(0.021, "limit", "models", "Llama-3.2-3B", "off_plan"),
+        ["3B, fine-tuned with release: peak off its plan"]),
     "compiling": (put(3.1, "first", "variants", "8bit", "cold"), ["first step, cold"]),
     "a race": (put(2, "sanitize", "tools", "racecheck", "found"), ["racecheck: found"]),
     "a failing test": (
@@ -299,7 +311,7 @@ def test_a_part_that_hangs_or_breaks_leaves_the_others(
 def test_the_shares_are_what_there_is() -> None:
     assert sum(part.share for part in prove.PARTS) <= 60 * 9.5 - prove.CLOSING
     suites = [part.suite for part in prove.PARTS]
-    assert suites[:7] == ["gputests", "sanitize", "step", "paged", "train", "memory", "host"]
+    assert suites[:7] == ["gputests", "sanitize", "limit", "step", "tokens", "paged", "host"]
 
 
 @pytest.mark.slow
