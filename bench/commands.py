@@ -9,6 +9,7 @@ SUITES = {
     "memory": "peak of a step by place, beside what the plan says",
     "train": "a Llama trained: step time, memory, loss",
     "limit": "whole models fine-tuned where there is hardly room for their weights",
+    "released": "gradients and state at one time, with release and without, beside the peers",
     "tokens": "what an optimizer adds to a training step, by the tokens of that step",
     "first": "seconds of a first step: compiled, and from Triton's cache",
     "convergence": "losses by seed, beside the noise of fp32 itself",
