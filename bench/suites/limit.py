@@ -86,22 +86,34 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     rows: list[list[Cell | str]] = []
     for name, got in found.items():
         if "why" in got:
-            rows.append([name, f"no figures: {got['why'][-300:]}", *[""] * 7])
+            rows.append([name, f"no figures: {got['why'][-300:]}", *[""] * 8])
             continue
         seconds, host = got["seconds"], got["memory"]["host"]
         rows.append([
             Cell(name, "bold"), f"{got['parameters'] / 1e9:.2f}e9, {got['layers']} layers",
             got["auto"] or got["plan"], f"{got['planned_gpu'] / GIB:.2f} GiB", f"{got['peak'] / GIB:.2f} GiB",
-            f"{got['off_plan']:.1%}" if "off_plan" in got else "",
+            f"{got['reserved'] / GIB:.2f} GiB", f"{got['off_plan']:.1%}" if "off_plan" in got else "",
             f"{host / GIB:.1f} GiB", f"{number(seconds['step'])} s",
             f"{got['losses'][0]:.2f} to {got['losses'][-1]:.2f}",
         ])  # fmt: skip
-    columns = ["model", "parameters", "state", "GPU: planned", "peak", "off", "host", "a step", "loss"]
+    columns = [
+        "model",
+        "parameters",
+        "state",
+        "GPU: planned",
+        "peak",
+        "reserved",
+        "off",
+        "host",
+        "a step",
+        "loss",
+    ]
     notes = [
         "one sequence of 2,048 tokens a step, checkpointed, bf16 weights kept exactly, gradients released; "
-        "the peak is torch's, of all that is allocated, without the balloon",
-        f"in 24 GB: of the GPU a balloon leaves what a {CARD} has beside its driver's share, and "
-        'variant="auto" fills what is left with state: its peak may be above the plan of a bare model',
+        "peak and reserved: what torch has allocated at most, and what it took of the GPU for that, without the "
+        "balloon",
+        f"in 24 GB: of the GPU a balloon leaves what a {CARD} has beside its driver's share, and the slack that "
+        "auto keeps of the larger one; what is left auto fills with state",
     ]
     return Table("Full fine-tuning with released gradients", columns, rows, notes)
 
