@@ -52,8 +52,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     import adamw_triton.huggingface  # noqa: F401
-    from adamw_triton.memory.gpu import SLACK_SHARE
     from adamw_triton.demo.corpus import load_corpus
+    from adamw_triton.memory.gpu import SLACK_SHARE
 
     on_gpu = torch.cuda.is_available()
     config = given["config"]

@@ -5,9 +5,9 @@ source of each is an out-of-memory message in a public issue, named beside it, u
 
 ``bandwidth`` is achieved, not peak: measured by the source named, else estimated at 88 to 92% of the
 peak. ``link`` is the rate each way while both directions run. It was measured only for the A100
-(nvbandwidth#11: 24 GB/s one way, 12 the other, so pages of equal size go at 16.2 each way); of the
-others it is estimated from the generation and width of the link. `adamw-triton doctor` measures a
-card that is here.
+(nvbandwidth#11: 24 GB/s one way, 12 the other, so pages of equal size go at 16.2 each way) and, by us, for
+the H100 (47.8 each way, ``bench/results/cuda-nvidia-h100-80gb-hbm3/paged.md``); of the others it is estimated
+from the generation and width of the link. `adamw-triton doctor` measures a card that is here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALLEST = 64 << 20
 GIB = 1 << 30
 GB = 10**9
 
-PCIE3, PCIE4, PCIE5 = 11 * GB, 18 * GB, 40 * GB
+PCIE3, PCIE4, PCIE5 = 11 * GB, 18 * GB, 47 * GB
 """Bytes a second each way, both ways at once, over 16 lanes; estimated."""
 PCIE4_X8 = PCIE4 // 2
 PCIE4_A100 = int(16.2 * GB)

@@ -110,10 +110,10 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     ]
     notes = [
         "one sequence of 2,048 tokens a step, checkpointed, bf16 weights kept exactly, gradients released; "
-        "peak and reserved: what torch has allocated at most, and what it took of the GPU for that, without the "
-        "balloon",
-        f"in 24 GB: of the GPU a balloon leaves what a {CARD} has beside its driver's share, and the slack that "
-        "auto keeps of the larger one; what is left auto fills with state",
+        "peak and reserved: what torch has allocated at most, and what it took of the GPU for it, without "
+        "the balloon",
+        f"in 24 GB: of the GPU a balloon leaves what a {CARD} has beside its driver's share, and the slack "
+        "that auto keeps of the larger one; what is left auto fills with state",
     ]
     return Table("Full fine-tuning with released gradients", columns, rows, notes)
 
