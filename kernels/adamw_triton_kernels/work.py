@@ -174,6 +174,9 @@ class Layout:
 Arrays = Mapping[str, Tensor]
 """State arrays by name."""
 
+Addresses = tuple[Sequence[int], Sequence[int]]
+"""Of a call's parameters and gradients."""
+
 Call = Callable[[Arrays], None]
 """An update that wants nothing but the arrays. It can be called once."""
 
@@ -190,10 +193,12 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 class Update:
     """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
-    weights are kept, factors).
+    weights are kept, factors, addresses).
 
     Factors are fp32 [some], where the tensors are: what gradients are multiplied by; the layout says which is
     whose. None: by nothing.
+
+    Addresses are those of params and grads, for which nobody need ask again. None: they are not known.
 
     In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
     sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
@@ -202,9 +207,7 @@ class Update:
 
     def __init__(
         self,
-        prepare: Callable[
-            [Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor, str, Tensor | None], Call
-        ],
+        prepare: Callable[..., Call],
     ) -> None:
         self._prepare = prepare
         functools.update_wrapper(self, prepare)
@@ -218,8 +221,9 @@ class Update:
         hyper: Tensor,
         weights: str = NEAREST,
         factors: Tensor | None = None,
+        addresses: Addresses | None = None,
     ) -> Call:
-        return self._prepare(params, grads, state, layout, hyper, weights, factors)
+        return self._prepare(params, grads, state, layout, hyper, weights, factors, addresses)
 
     def __call__(
         self,
