@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.paging.pager import Arrays, Work
-from adamw_triton.state.buffers import Page, Slot, StateBuffer
+from adamw_triton.state.buffers import Page, Slot, StateBuffer, overwritten, remember
 from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
@@ -219,12 +219,11 @@ class Batch:
 
     def changed(self) -> list[Slot]:
         """Of whose exact weights somebody else has written the visible part since our last step."""
-        return [slot for slot in self._exact if slot.overwritten]
+        return overwritten(self._exact)
 
     def remember(self) -> None:
         """After a step, what the parameters are."""
-        for slot in self._exact:
-            slot.remember()
+        remember(self._exact)
 
     def count(self, judged: Judged | None = None) -> None:
         """One step more for every parameter, if it is none that is skipped."""

@@ -4,6 +4,7 @@ the host, or, for CUDA graphs, on the device."""
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -100,11 +101,11 @@ class OnHost:
         self._shared: _Shared | None = None
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
-        steps = self._steps[self._slots]
+        steps = self._steps.index_select(0, self._slots)
         shared = self._shared
-        if shared is None or not steps.equal(steps[shared.leaders]):
+        if shared is None or not steps.equal(steps.index_select(0, shared.leaders)):
             shared = self._shared = self._share(steps)
-        numbered = tuple([(self._groups[first], _count(steps[first]) + 1) for first in shared.firsts])
+        numbered = tuple([(self._groups[first], _count(float(steps[first])) + 1) for first in shared.firsts])
         return shared.rows, settings.table(numbered)
 
     def _share(self, steps: Tensor) -> _Shared:
@@ -120,8 +121,8 @@ class OnHost:
         )
 
 
-def _count(steps: Tensor) -> int:
-    return -1 if steps.isnan() else int(steps)  # refused by `Settings`
+def _count(steps: float) -> int:
+    return -1 if math.isnan(steps) else int(steps)  # refused by `Settings`
 
 
 class OnDevice:
