@@ -144,8 +144,9 @@ class Launch:
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """What takes the members at these positions out of a sequence."""
-    if len(positions) == 1:  # one position has its member alone
-        return itemgetter(slice(positions[0], positions[0] + 1))
+    first = positions[0]
+    if list(positions) == list(range(first, first + len(positions))):  # for the most part
+        return itemgetter(slice(first, first + len(positions)))
     return itemgetter(*positions)
 
 

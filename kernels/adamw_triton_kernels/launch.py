@@ -187,7 +187,8 @@ def prepare(
     device = params[0].device
     if given is None:
         given = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
-    addresses = array("q", [*given[0], *given[1]])
+    addresses = array("q", given[0])
+    addresses.extend(given[1])
     aligned = not (torch.frombuffer(addresses, dtype=torch.int64) & (ALIGNMENT - 1)).any()
     if not aligned and (parts := _parts(layout, addresses)):
         return in_turn(
