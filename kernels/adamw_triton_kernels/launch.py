@@ -189,7 +189,7 @@ def prepare(
         given = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
     addresses = array("q", given[0])
     addresses.extend(given[1])
-    aligned = not (torch.frombuffer(addresses, dtype=torch.int64) & (ALIGNMENT - 1)).any()
+    aligned = _all_aligned(layout, addresses)
     if not aligned and (parts := _parts(layout, addresses)):
         return in_turn(
             [
@@ -230,6 +230,15 @@ def prepare(
         call(spec, key, device, programs, (*arguments, *[state[name] for name in names], *scalars))
 
     return launch
+
+
+def _all_aligned(layout: Layout, addresses: array[int]) -> bool:
+    """Whether no tensor is misaligned. The last answer is kept."""
+    known, aligned = layout.tables.get("aligned", (None, False))
+    if known != addresses:
+        aligned = not (torch.frombuffer(addresses, dtype=torch.int64) % ALIGNMENT).any()
+        layout.tables["aligned"] = (addresses, aligned)
+    return bool(aligned)
 
 
 def _parts(layout: Layout, addresses: array[int]) -> list[tuple[tuple[int, ...], Layout]]:
