@@ -97,7 +97,8 @@ class Watch:
             self._quiet *= 1 + self._returned
             self._spilled, self._returned = True, False
             _log.warning(
-                "auto: %s (%s): %s of state moved from %s to the host, until there is room for it over %d steps",
+                "auto: %s (%s): %s of state moved from %s to the host, until there is room for it over %d "
+                "steps",
                 *(why, format_bytes(short), format_bytes(freed), self._device, self._quiet),
             )
         return freed

@@ -23,11 +23,11 @@ from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
 from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, Update
 
-# By block, threads of a program, elements of its tile, and of a masked one. With 16 elements a thread accesses
-# of the codes are 128 bits wide. Programs of 64 threads keep more warps on an H100, which then moves 96% of
-# what a copy does instead of 91% (`bench tune`); with blocks of 256 they would cost 2 instructions an element.
-# A masked tile of 2,048 takes 254 registers instead of 80, other choices spill on sm_75 or cost an instruction
-# an element on sm_90 (`bench audit`).
+# By block, threads of a program, elements of its tile, and of a masked one. With 16 elements a thread
+# accesses of the codes are 128 bits wide. Programs of 64 threads keep more warps on an H100, which then moves
+# 96% of what a copy does instead of 91% (`bench tune`); with blocks of 256 they would cost 2 instructions an
+# element. A masked tile of 2,048 takes 254 registers instead of 80, other choices spill on sm_75 or cost an
+# instruction an element on sm_90 (`bench audit`).
 SHAPES = {128: (64, 1024, 256), 256: (128, 2048, 1024)}
 # Registers: left to itself, the assembler takes 128 where there is much to hold, and spills on some targets.
 # With 168 three programs share a multiprocessor, as they do with what it takes on others.

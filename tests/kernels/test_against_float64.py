@@ -124,9 +124,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten().cpu()
 
 
-def check_weights(
-    actual: Tensor, expected: Tensor, before: Tensor, parts: Tensor, fp32_ulps: float
-) -> None:
+def check_weights(actual: Tensor, expected: Tensor, before: Tensor, parts: Tensor, fp32_ulps: float) -> None:
     """fp32 within so many ulps. 16 bits: the nearest number to within what fp32 was off, half an ulp and a
     little. What took part are the weight, before and after, and the parts of its change, products of rounded
     factors."""
