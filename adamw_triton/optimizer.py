@@ -34,7 +34,7 @@ from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.buffers import Scalars, begin_anew
-from adamw_triton.step.batch import Batch, Item
+from adamw_triton.step.batch import Batch, Tensors
 from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Release
@@ -318,8 +318,7 @@ class AdamW(torch.optim.Optimizer):
         if batch is None:
             return
         self._store.reload(self.state)
-        items = batch.items(stepped.params, stepped.grads)
-        ordered = batch.in_order(items)
+        ordered = batch.in_order(stepped)
         judged = self._judge(batch, ordered, scale, stepped) if self._clipping.active else None
         if judged is not None and judged.known_skipped():
             return
@@ -332,12 +331,12 @@ class AdamW(torch.optim.Optimizer):
                 begin_anew(changed)
             self._store.run(work, judged.known_skipped if judged is not None else never)
             batch.count(judged)
-            batch.copy_back(ordered, items)
+            batch.copy_back(ordered, stepped)
             batch.remember()
             self._store.saw_weights()
 
     def _judge(
-        self, batch: Batch, ordered: list[Item], scale: float | Tensor | None, stepped: Stepped
+        self, batch: Batch, ordered: Tensors, scale: float | Tensor | None, stepped: Stepped
     ) -> Judged:
         def faults() -> list[str]:
             found = map(describe, stepped.grads, stepped.names)

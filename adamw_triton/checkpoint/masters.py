@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adamw_triton.checkpoint.entries import read
-from adamw_triton.state.buffers import Slot, State
+from adamw_triton.state.buffers import Slot, State, remember
 from adamw_triton.state.formats import KEPT, kept_with
 from adamw_triton_kernels import weights
 from adamw_triton_kernels.work import REMAINDER
@@ -127,7 +127,7 @@ class Masters:
             self._write(param, value)
             slot = slots.get(id(param))
             if slot is not None and slot.format.weights == REMAINDER:
-                slot.remember()
+                remember([slot])
         if incoming.rounded:
             _log.warning("%d weights were rounded to 16 bits: master_weights is off", incoming.rounded)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import compress, count, repeat
-from operator import add, gt
 
+import torch
 from torch import Tensor
 
-_NO_ADDRESS = 1 << 64
+_NO_ADDRESS = (1 << 63) - 1
 _CASES = 10_000
 """Differences between two strided tensors that are looked at before they count as sharing memory."""
 
@@ -34,8 +32,7 @@ class Ranges:
     def __init__(self, starts: Sequence[int], spans: Sequence[int]) -> None:
         self.meeting: list[tuple[int, int]] = []
         """Pairs, by position, whose ranges overlap."""
-        self._bounds: list[int] = []
-        """Where what is taken begins and ends, in turn. Neighbours are one."""
+        bounds: list[int] = []
         ranges = sorted(
             (start, start + size, position)
             for position, (start, size) in enumerate(zip(starts, spans, strict=True))
@@ -46,20 +43,23 @@ class Ranges:
             reaching = [other for other in reaching if other[0] > start]
             self.meeting.extend((other, position) for _, other in reaching)
             reaching.append((end, position))
-            if self._bounds and start <= self._bounds[-1]:
-                self._bounds[-1] = max(end, self._bounds[-1])
+            if bounds and start <= bounds[-1]:
+                bounds[-1] = max(end, bounds[-1])
             else:
-                self._bounds += start, end
-        self._free_until = [*self._bounds, _NO_ADDRESS]
+                bounds += start, end
+        free_until = [*bounds, _NO_ADDRESS]
+        free_until[1::2] = [0] * (len(bounds) // 2)
+        self._bounds = torch.tensor(bounds, dtype=torch.int64, device="cpu")
+        """Where what is taken begins and ends, in turn. Neighbours are one."""
+        self._free_until = torch.tensor(free_until, dtype=torch.int64, device="cpu")
         """From an address behind so many bounds; in a range from nowhere."""
-        self._free_until[1::2] = [0] * (len(self._bounds) // 2)
 
-    def met_by(self, starts: Sequence[int], spans: Sequence[int]) -> list[int]:
-        """The positions of those other tensors whose ranges overlap one of these."""
+    def met_by(self, starts: Tensor, spans: Tensor) -> list[int]:
+        """The positions of those other tensors whose ranges overlap one of these. Both are int64."""
         # In a step whose gradients have moved this is done for each: so without a line of Python for one.
-        ends = map(add, starts, spans)
-        limits = map(self._free_until.__getitem__, map(bisect_right, repeat(self._bounds), starts))
-        return list(compress(count(), map(gt, ends, limits)))
+        limits = self._free_until[torch.searchsorted(self._bounds, starts, right=True)]
+        met: list[int] = (starts + spans > limits).nonzero().flatten().tolist()
+        return met
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

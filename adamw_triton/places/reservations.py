@@ -19,7 +19,7 @@ from adamw_triton.state.buffers import STEPS, Scalars, State
 from adamw_triton.state.formats import KEPT, as_real, format_for
 from adamw_triton.state.placement import Policy
 from adamw_triton.step.batch import Batch, Item
-from adamw_triton.step.stepped import Apart, Facts, Groups, Stepped
+from adamw_triton.step.stepped import Alike, Apart, Groups, Stepped
 from adamw_triton.tensors import is_trained, name_of
 from adamw_triton_kernels import tables
 
@@ -34,7 +34,7 @@ class _Kept(NamedTuple):
 
     these: frozenset[int]
     """Ids of them."""
-    facts: Facts
+    alike: Alike
     apart: Apart
     batch: Batch
 
@@ -165,7 +165,7 @@ class Reservations:
             self._generation = self.store.generation
             self._batches.clear()
         ready = self.intact(stepped.groups, state)
-        kept = self._kept_for(stepped.facts) if ready else None
+        kept = self._kept_for(stepped) if ready else None
         if kept is None:
             stepped.check(self._chooser.must_keep == "stochastic")
         apart = kept.apart if kept else Apart(stepped)
@@ -178,7 +178,7 @@ class Reservations:
                 self.reserve(stepped.groups, state)
             if len(self._batches) >= self._most_batches:
                 self._batches.clear()
-            kept = _Kept(frozenset(map(id, stepped.params)), stepped.facts, apart, self._batch(stepped))
+            kept = _Kept(frozenset(map(id, stepped.params)), Alike(stepped), apart, self._batch(stepped))
             self._batches.append(kept)
         if tables.capturing():
             self._captured.append(kept.batch)
@@ -191,11 +191,11 @@ class Reservations:
                 self.store.fetch(kept.batch.pages)
                 return
 
-    def _kept_for(self, facts: Facts) -> _Kept | None:
+    def _kept_for(self, stepped: Stepped) -> _Kept | None:
         # No generator with next(): an interrupt while it is closed would be lost.
         # The newest first: what is captured takes any.
         for kept in reversed(self._batches):
-            if kept.facts == facts and kept.batch.is_here:
+            if kept.alike.holds_for(stepped) and kept.batch.is_here:
                 return kept
         return None
 

@@ -20,7 +20,18 @@ from adamw_triton.paging.device import Device, device_for
 from adamw_triton.paging.pager import Pager, Work, never
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
-from adamw_triton.state.buffers import STEPS, Page, Scalars, Slot, State, StateBuffer, begin_anew, make_slots
+from adamw_triton.state.buffers import (
+    STEPS,
+    Page,
+    Scalars,
+    Slot,
+    State,
+    StateBuffer,
+    begin_anew,
+    make_slots,
+    overwritten,
+    remember,
+)
 from adamw_triton.state.formats import nbytes_of_weights
 from adamw_triton.state.placement import (
     SMALLEST_BUDGET,
@@ -45,6 +56,8 @@ class Store:
         self._transfer = transfer
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
+        self.buffers: list[StateBuffer] = []
+        """In which these are."""
         self.generation = 0
         """Another one whenever a parameter or a page may be in another place than before."""
         self._page_bytes: dict[torch.device, int] = {}
@@ -64,10 +77,6 @@ class Store:
             self._synchronize()  # or the memory would be used anew under a step on another stream
         except Exception:  # in a forked child, or while the interpreter ends
             return
-
-    @property
-    def buffers(self) -> list[StateBuffer]:
-        return list(dict.fromkeys(slot.buffer for slot in self.slots.values()))
 
     def page_elements(self, buffer: StateBuffer) -> int:
         """Of a page of the buffer; resident buffers are one page."""
@@ -128,7 +137,7 @@ class Store:
             self._shown.forget()
             self.generation += 1
             self._page_bytes |= page_bytes
-            self.slots = slots
+            self.slots, self.buffers = slots, list(dict.fromkeys(slot.buffer for slot in slots.values()))
             show(fresh, state)
             for arrival in kept:
                 arrival.commit()
@@ -194,8 +203,7 @@ class Store:
 
     def saw_weights(self) -> None:
         """After a step: also those that had no gradient are what they are, whoever writes to them next."""
-        for slot in self._unseen:
-            slot.remember()
+        remember(self._unseen)
         self._unseen = []
 
     def finish(self) -> None:
@@ -209,9 +217,9 @@ class Store:
         """Before ``state`` is read or goes elsewhere: have all pages on the host, and have exact weights that
         somebody else has written since the last step be what is there now, as the next step would."""
         self.finish()
-        slots = [slot for slot in self.slots.values() if slot.overwritten]
+        slots = list(self.slots.values())
         with torch.no_grad():
-            begin_anew([slot for slot in slots if slot.is_shown_by(state.get(slot.param))])
+            begin_anew([slot for slot in overwritten(slots) if slot.is_shown_by(state.get(slot.param))])
 
     def hold(self) -> AbstractContextManager[bool]:
         """Have nothing moved meanwhile by another thread, and nothing spilled by this one either: an

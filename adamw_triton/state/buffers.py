@@ -100,15 +100,6 @@ class Slot:
             return False
         return all(entry.get(key) is view for key, view in self.entry.items())
 
-    @property
-    def overwritten(self) -> bool:
-        """Whether somebody else has written to the parameter since ``remember``, if that was called."""
-        return self.version not in (None, _version(self.param))
-
-    def remember(self) -> None:
-        """What the parameter is now."""
-        self.version = _version(self.param)
-
     def lay_out(self, strides: tuple[int, ...]) -> None:
         """Have the state in another memory order, as codes that come from elsewhere are."""
         if strides != self.strides:
@@ -163,12 +154,27 @@ class Slot:
         return dict(self.entry)
 
 
+def overwritten(slots: Sequence[Slot]) -> list[Slot]:
+    """To whose parameters somebody else has written since ``remember``, if that was called."""
+    now = _versions(slots)
+    if now == [slot.version for slot in slots]:
+        return []
+    pairs = zip(slots, now, strict=True)
+    return [slot for slot, version in pairs if slot.version not in (None, version)]
+
+
+def remember(slots: Sequence[Slot]) -> None:
+    """What the parameters are now."""
+    for slot, version in zip(slots, _versions(slots), strict=True):
+        slot.version = version
+
+
 def begin_anew(slots: Sequence[Slot]) -> None:
     """The exact weights of parameters that somebody else has written are what is there now."""
     for slot in slots:
         slot.flat()[REMAINDER].zero_()
-        slot.remember()
         slot.begun_anew += 1
+    remember(slots)
     if any(slot.begun_anew == OFTEN for slot in slots):
         name = next(slot.name for slot in slots if slot.begun_anew == OFTEN)
         _log.warning(
@@ -180,9 +186,12 @@ def begin_anew(slots: Sequence[Slot]) -> None:
         _log.info("%d exact weights have been changed since the last step, and begin anew", len(slots))
 
 
-def _version(param: Tensor) -> int | None:
+def _versions(slots: Sequence[Slot]) -> list[int | None]:
     """What torch counts up whenever it writes to a tensor, but through ``.data``."""
-    return None if param.is_inference() else param._version
+    try:
+        return [slot.param._version for slot in slots]
+    except RuntimeError:  # of what was made in inference mode nothing is counted
+        return [None if slot.param.is_inference() else slot.param._version for slot in slots]
 
 
 class StateBuffer:

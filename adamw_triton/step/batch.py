@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adamw_triton.paging.pager import Arrays, Work
-from adamw_triton.state.buffers import Page, Slot, StateBuffer
+from adamw_triton.state.buffers import Page, Slot, StateBuffer, overwritten, remember
 from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
+from adamw_triton.step.stepped import Stepped
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, send, stream_of
-from adamw_triton_kernels.work import REMAINDER, in_turn
+from adamw_triton_kernels.work import REMAINDER, Addresses, in_turn
 
 PAGE_CHUNKS = 2048
 """Programs of a page's launch, which the link holds up anyway. The tables of all pages stay on the GPU:
@@ -33,6 +35,15 @@ class Item(NamedTuple):
     grad: Tensor
 
 
+class Tensors(NamedTuple):
+    """What the updates of a step read and write, in the order of its parameters."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    addresses: Addresses | None = None
+    """If it is known where they are."""
+
+
 def _is_in_order(item: Item) -> bool:
     """Whether an update can read and write the memory of the item's tensors as it is."""
     tensors = (item.param, item.grad)
@@ -41,11 +52,10 @@ def _is_in_order(item: Item) -> bool:
     )
 
 
-def _in_order(item: Item) -> Item:
-    """What an update reads and writes instead: dense and real, in the slot's memory order; copies where the
-    item's own tensors are not so."""
-    param, grad = (_with_strides(as_real(_there(t)).resolve_neg(), item.slot.strides) for t in item[2:])
-    return item._replace(param=param, grad=grad)
+def _in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """What an update reads and writes instead: dense and real, in the slot's memory order; a copy where the
+    tensor itself is not so."""
+    return _with_strides(as_real(_there(tensor)).resolve_neg(), strides)
 
 
 def _there(tensor: Tensor) -> Tensor:
@@ -53,9 +63,8 @@ def _there(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
-def _copy_back(updated: Item, item: Item) -> None:
+def _copy_back(result: Tensor, param: Tensor) -> None:
     """What was updated into the parameter, unless that is its own memory."""
-    param, result = item.param, updated.param
     if result.data_ptr() != param.data_ptr():
         param.copy_(torch.view_as_complex(result) if param.is_complex() else result)
 
@@ -102,17 +111,25 @@ class Launch:
     """Which of the device's factors each piece takes; empty if there is but one."""
     layout: Layout | None = None
 
+    def __post_init__(self) -> None:
+        self._pick = _picker([piece.position for piece in self.pieces])
+        self._whole = all(piece.whole for piece in self.pieces)
+
     def prepare(
-        self, items: Sequence[Item], settings: Settings, factors: Tensor | None
+        self, tensors: Tensors, settings: Settings, factors: Tensor | None
     ) -> Callable[[Arrays], None]:
-        """All that can fail of the call, which wants the page's arrays alone; the items are in order."""
+        """All that can fail of the call, which wants the page's arrays alone."""
         rows, hyper = self.numbers.at_next_step(settings)
         if self.layout is None or self.layout.rows is not rows:
             self.layout = self._lay_out(rows)
         layout = self.layout
-        params = [piece.of(items[piece.position].param) for piece in self.pieces]
-        grads = [piece.of(items[piece.position].grad) for piece in self.pieces]
-        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights, factors)
+        params, grads = self._pick(tensors.params), self._pick(tensors.grads)
+        addresses = None
+        if not self._whole:
+            params, grads = (list(map(Piece.of, self.pieces, each)) for each in (params, grads))
+        elif tensors.addresses is not None:
+            addresses = self._pick(tensors.addresses[0]), self._pick(tensors.addresses[1])
+        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights, factors, addresses)
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
         return Layout(
@@ -125,6 +142,14 @@ class Launch:
         )
 
 
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the members at these positions out of a sequence."""
+    first = positions[0]
+    if list(positions) == list(range(first, first + len(positions))):  # for the most part
+        return itemgetter(slice(first, first + len(positions)))
+    return itemgetter(*positions)
+
+
 class Batch:
     """The launches of a step on certain parameters, page by page; kept for steps on the same ones.
 
@@ -135,7 +160,6 @@ class Batch:
     def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:
         """``page_elements``: of a page of a buffer; resident buffers are one page."""
         self.slots = [item.slot for item in items]
-        self._groups = [item.group for item in items]
         self._disordered = [i for i, item in enumerate(items) if not _is_in_order(item)]
         self._streams = {device: stream_of(device) for device in {slot.buffer.device for slot in self.slots}}
         of_buffer: dict[StateBuffer, list[int]] = defaultdict(list)
@@ -157,21 +181,21 @@ class Batch:
         """In the order in which they are updated."""
         return [page for page, _ in self._launches]
 
-    def items(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Item]:
-        """Of a step on the same parameters."""
-        return list(map(Item, self._groups, self.slots, params, grads))
-
-    def in_order(self, items: list[Item]) -> list[Item]:
-        """What the updates read and write, for the most part the items themselves."""
-        ordered = list(items)
+    def in_order(self, stepped: Stepped) -> Tensors:
+        """What the updates of a step on the same parameters read and write, for the most part what it was
+        given."""
+        if not self._disordered:
+            return Tensors(stepped.params, stepped.grads, stepped.addresses)
+        params, grads = list(stepped.params), list(stepped.grads)
         for position in self._disordered:
-            ordered[position] = _in_order(items[position])
-        return ordered
+            for tensors in (params, grads):
+                tensors[position] = _in_order(tensors[position], self.slots[position].strides)
+        return Tensors(params, grads)
 
-    def copy_back(self, ordered: Sequence[Item], items: Sequence[Item]) -> None:
+    def copy_back(self, ordered: Tensors, stepped: Stepped) -> None:
         """Into the parameters what was updated in their stead."""
         for position in self._disordered:
-            _copy_back(ordered[position], items[position])
+            _copy_back(ordered.params[position], stepped.params[position])
 
     @property
     def is_here(self) -> bool:
@@ -179,29 +203,28 @@ class Batch:
         all else is done, and keeps what it reads: there any batch will do."""
         return capturing() or all(stream_of(device) == stream for device, stream in self._streams.items())
 
-    def norms(self, items: Sequence[Item]) -> GradientNorms:
-        """Of the gradients; the items are in order."""
-        return self._gradients.norms([item.grad for item in items])
+    def norms(self, ordered: Tensors) -> GradientNorms:
+        """Of the gradients."""
+        return self._gradients.norms(ordered.grads)
 
-    def prepare(self, items: Sequence[Item], settings: Settings, judged: Judged | None = None) -> Work:
-        """All that can fail; the items are in order."""
+    def prepare(self, ordered: Tensors, settings: Settings, judged: Judged | None = None) -> Work:
+        """All that can fail."""
 
         def factors(page: Page) -> Tensor | None:
             return None if judged is None else judged.factors(page.buffer.device)
 
         return [
-            (page, in_turn([launch.prepare(items, settings, factors(page)) for launch in launches]))
+            (page, in_turn([launch.prepare(ordered, settings, factors(page)) for launch in launches]))
             for page, launches in self._launches
         ]
 
     def changed(self) -> list[Slot]:
         """Of whose exact weights somebody else has written the visible part since our last step."""
-        return [slot for slot in self._exact if slot.overwritten]
+        return overwritten(self._exact)
 
     def remember(self) -> None:
         """After a step, what the parameters are."""
-        for slot in self._exact:
-            slot.remember()
+        remember(self._exact)
 
     def count(self, judged: Judged | None = None) -> None:
         """One step more for every parameter, if it is none that is skipped."""

@@ -4,6 +4,7 @@ the host, or, for CUDA graphs, on the device."""
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -80,7 +81,7 @@ class _Shared(NamedTuple):
     """Of each piece."""
     firsts: tuple[int, ...]
     """The first piece of each row."""
-    leaders: Tensor
+    leaders: list[int]
     """For each piece, the first one of its row."""
 
 
@@ -96,32 +97,33 @@ class OnHost:
     def __init__(self, groups: Sequence[int], steps: Tensor, slots: Sequence[int]) -> None:
         self._groups = groups
         self._steps = steps
-        self._slots = torch.tensor(slots, device="cpu")
+        self._slots = slots
         self._shared: _Shared | None = None
 
     def at_next_step(self, settings: Settings) -> tuple[tuple[int, ...], Tensor]:
-        steps = self._steps[self._slots]
+        counts = self._steps.tolist()
+        steps = [counts[slot] for slot in self._slots]
         shared = self._shared
-        if shared is None or not steps.equal(steps[shared.leaders]):
+        if shared is None or steps != [steps[leader] for leader in shared.leaders]:
             shared = self._shared = self._share(steps)
         numbered = tuple([(self._groups[first], _count(steps[first]) + 1) for first in shared.firsts])
         return shared.rows, settings.table(numbered)
 
-    def _share(self, steps: Tensor) -> _Shared:
+    def _share(self, steps: Sequence[float]) -> _Shared:
         leader_of: dict[tuple[int, float], int] = {}
-        keys = list(zip(self._groups, steps.tolist(), strict=True))
+        keys = list(zip(self._groups, steps, strict=True))
         for position, key in enumerate(keys):
             leader_of.setdefault(key, position)
         row_of = {key: row for row, key in enumerate(leader_of)}
         return _Shared(
             rows=tuple(row_of[key] for key in keys),
             firsts=tuple(leader_of.values()),
-            leaders=torch.tensor([leader_of[key] for key in keys], device="cpu"),
+            leaders=[leader_of[key] for key in keys],
         )
 
 
-def _count(steps: Tensor) -> int:
-    return -1 if steps.isnan() else int(steps)  # refused by `Settings`
+def _count(steps: float) -> int:
+    return -1 if math.isnan(steps) else int(steps)  # refused by `Settings`
 
 
 class OnDevice:

@@ -6,11 +6,15 @@ are the tensors checked."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+import operator
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adamw_triton.memory.overlaps import Ranges, share_memory, span
@@ -27,10 +31,9 @@ class Stepped:
     groups: Groups
     params: list[Tensor]
     grads: list[Tensor]
-    facts: Facts
-    """All that a check or a launch may depend on, but where the memory is and what the hyperparameters are.
-    Steps of equal facts are of the same parameters; they have to be kept alive for that."""
-    addresses: tuple[list[int], list[int]]
+    counts: list[int]
+    """How many of them each group has."""
+    addresses: tuple[array[int], array[int]]
     """Of parameters and of gradients."""
     among: Collection[int] | None = None
     """Ids of the parameters that may be stepped; None: all."""
@@ -56,13 +59,21 @@ class Stepped:
                     grads.append(grad)
             counts.append(len(params) - before)
         try:
-            there = [not grad._is_zerotensor() for grad in grads]
-            facts: Facts = (list(map(id, params)), counts, there, *_facts(params), *_facts(grads))
-            addresses = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
-        except (RuntimeError, TypeError, ValueError):  # what is not strided has no strides to tell
-            cls(groups, params, grads, (), ([], []), among).check()
+            addresses = _addresses(params), _addresses(grads)
+        except (RuntimeError, TypeError, ValueError):  # what is not strided has none
+            cls(groups, params, grads, counts, (_addresses([]), _addresses([])), among).check()
             raise
-        return cls(groups, params, grads, facts, addresses, among)
+        return cls(groups, params, grads, counts, addresses, among)
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """Of the tensors, all that a check or a launch may depend on, but where the memory is."""
+        try:
+            there = [not grad._is_zerotensor() for grad in self.grads]
+            return (there, *_facts(self.params), *_facts(self.grads))
+        except (RuntimeError, TypeError, ValueError):  # what is not strided has no strides to tell
+            self.check()
+            raise
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +88,7 @@ class Stepped:
     @property
     def group_indices(self) -> list[int]:
         """Of each parameter's group."""
-        return list(itertools.chain.from_iterable([i] * n for i, n in enumerate(self.facts[1])))
+        return list(itertools.chain.from_iterable([i] * n for i, n in enumerate(self.counts)))
 
     def check(self, stochastic: bool = False) -> None:
         """
@@ -92,6 +103,10 @@ class Stepped:
             check_grad(param, grad, name)
 
 
+def _addresses(tensors: Sequence[Tensor]) -> array[int]:
+    return array("q", list(map(Tensor.data_ptr, tensors)))  # of a list, whose length it knows, it is faster
+
+
 def _facts(tensors: Sequence[Tensor]) -> Facts:
     """Of the parameters, or of the gradients."""
     return (
@@ -104,16 +119,54 @@ def _facts(tensors: Sequence[Tensor]) -> Facts:
     )
 
 
+class Alike:
+    """What a step was given: tells whether a later one is of the same parameters, with the same facts."""
+
+    def __init__(self, stepped: Stepped) -> None:
+        self._params = stepped.params  # alive, so that no other parameter is taken for one of them
+        self._counts = stepped.counts
+        self._facts = stepped.facts
+        self._guards = _guards([*stepped.params, *stepped.grads])
+
+    def holds_for(self, stepped: Stepped) -> bool:
+        params, grads = stepped.params, stepped.grads
+        if stepped.counts != self._counts or not all(map(operator.is_, params, self._params)):
+            return False
+        return (
+            # They end the process where a tensor has no sizes, as a nested one that was swapped in.
+            not any([param.is_nested for param in params]) and self._guards(*params, *grads)
+        ) or stepped.facts == self._facts
+
+
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether other tensors have the types, dtypes, shapes, strides and devices of these, and are negative or
+    zero where these are. If it says no, that may be for something that is no fact of ours.
+
+    With these guards torch tells whether a compiled graph may be used again: they take in one look what
+    Python takes seven for. They are not public, so we are prepared to be without."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        make: Any = TensorGuards
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        guards.check(*tensors)
+    except Exception:
+        return lambda *_: False
+    check: Callable[..., bool] = guards.check
+    return check
+
+
 class Apart:
     """That no parameter shares memory with another one or with a gradient: one would be written while the
     other is read. For steps of the same facts; looks again where a tensor has moved."""
 
     def __init__(self, stepped: Stepped) -> None:
         self._param_spans = list(map(span, stepped.params))
-        self._grad_spans = list(map(span, stepped.grads))
+        self._grad_spans = torch.tensor(list(map(span, stepped.grads)), dtype=torch.int64, device="cpu")
         self._ranges = Ranges([], [])
-        self._params: list[int] | None = None
-        self._grads: list[int] | None = None
+        self._params: array[int] | None = None
+        self._grads: array[int] | None = None
 
     def check(self, stepped: Stepped) -> None:
         """
@@ -126,8 +179,9 @@ class Apart:
             for a, b in ranges.meeting:
                 self._refuse(stepped, a, b, stepped.params[b])
             self._params, self._ranges, self._grads = params, ranges, None
-        if grads != self._grads:
-            for b in self._ranges.met_by(grads, self._grad_spans):
+        if grads and grads != self._grads:
+            starts = torch.frombuffer(grads, dtype=torch.int64)
+            for b in self._ranges.met_by(starts, self._grad_spans):
                 for a in range(len(params)):
                     self._refuse(stepped, a, b, stepped.grads[b])
             self._grads = grads

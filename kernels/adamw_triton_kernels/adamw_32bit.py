@@ -11,7 +11,7 @@ import triton.language as tl
 from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
 from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, mix, new_weight
-from adamw_triton_kernels.work import NEAREST, Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, Update
 
 # 8 elements a thread: 128-bit accesses of bf16. Programs of 256 threads move 2% more than of 128 on an H100
 # (`bench tune`), in no more instructions (`bench audit`).
@@ -29,13 +29,16 @@ def adamw_32bit(
     hyper: torch.Tensor,
     weights: str,
     factors: torch.Tensor | None,
+    addresses: Addresses | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
     amsgrad = "max_exp_avg_sq" in state
     largest = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"  # not read without amsgrad
     kept = weights if weights in KEPT else "exp_avg"  # not read then
     names = ("exp_avg", "exp_avg_sq", largest, kept)
-    return prepare(build, params, grads, names, layout, hyper, factors, AMSGRAD=amsgrad, WEIGHTS=weights)
+    return prepare(
+        build, params, grads, names, layout, hyper, factors, addresses, AMSGRAD=amsgrad, WEIGHTS=weights
+    )
 
 
 def build(

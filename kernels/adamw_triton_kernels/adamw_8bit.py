@@ -21,7 +21,7 @@ from adamw_triton_kernels.blockwise import (
 from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
 from adamw_triton_kernels.rounding import read_weight, write_weight
 from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
-from adamw_triton_kernels.work import NEAREST, Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, Update
 
 # By block, threads of a program, elements of its tile, and of a masked one. With 16 elements a thread,
 # accesses of the codes are 128 bits wide. Programs of 64 threads leave room for more warps on an H100, which
@@ -43,12 +43,15 @@ def adamw_8bit(
     hyper: torch.Tensor,
     weights: str,
     factors: torch.Tensor | None,
+    addresses: Addresses | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
     names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
     kept = weights if weights in KEPT else names[0]  # not read then
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
-    return prepare(build, params, grads, (*names, kept), layout, hyper, factors, BLOCK=block, WEIGHTS=weights)
+    return prepare(
+        build, params, grads, (*names, kept), layout, hyper, factors, addresses, BLOCK=block, WEIGHTS=weights
+    )
 
 
 def build(

@@ -12,7 +12,6 @@ A program of the grid takes one *chunk*: a run of elements of one tensor. Five t
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from array import array
@@ -27,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
-from adamw_triton_kernels.work import MASTER, REMAINDER, Arrays, Call, Layout, in_turn
+from adamw_triton_kernels.work import MASTER, REMAINDER, Addresses, Arrays, Call, Layout, in_turn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 ALIGNMENT = 16
@@ -171,6 +170,7 @@ def prepare(
     layout: Layout,
     hyper: torch.Tensor,
     factors: torch.Tensor | None,
+    given: Addresses | None,
     **variant: Any,
 ) -> Call:
     """All that can fail of running a kernel over the tensors of a layout: tables are sent, kernels compiled
@@ -181,12 +181,15 @@ def prepare(
         names: of the state arrays, in the kernel's order.
         hyper: on their device or on the host.
         factors: on their device.
+        given: addresses of params and grads; None: to be asked for.
         variant: compile-time arguments of ``build``.
     """
     device = params[0].device
-    addresses = array("q", [t.data_ptr() for t in params])
-    addresses.extend([t.data_ptr() for t in grads])
-    aligned = functools.reduce(int.__or__, addresses) % ALIGNMENT == 0
+    if given is None:
+        given = [t.data_ptr() for t in params], [t.data_ptr() for t in grads]
+    addresses = array("q", given[0])
+    addresses.extend(given[1])
+    aligned = _all_aligned(layout, addresses)
     if not aligned and (parts := _parts(layout, addresses)):
         return in_turn(
             [
@@ -198,6 +201,7 @@ def prepare(
                     part,
                     hyper,
                     factors,
+                    None,
                     **variant,
                 )
                 for indices, part in parts
@@ -212,7 +216,7 @@ def prepare(
     tables, spec, key = found
     load(spec, key, device)
     made_there = hyper.device == device
-    given = (
+    arguments = (
         tables.addresses.of(addresses, capturable=made_there),
         tables.tensors,
         tables.chunks,
@@ -223,9 +227,18 @@ def prepare(
     programs = len(tables.chunks)
 
     def launch(state: Arrays) -> None:
-        call(spec, key, device, programs, (*given, *[state[name] for name in names], *scalars))
+        call(spec, key, device, programs, (*arguments, *[state[name] for name in names], *scalars))
 
     return launch
+
+
+def _all_aligned(layout: Layout, addresses: array[int]) -> bool:
+    """Whether no tensor is misaligned. The last answer is kept."""
+    known, aligned = layout.tables.get("aligned", (None, False))
+    if known != addresses:
+        aligned = not (torch.frombuffer(addresses, dtype=torch.int64) % ALIGNMENT).any()
+        layout.tables["aligned"] = (addresses, aligned)
+    return bool(aligned)
 
 
 def _parts(layout: Layout, addresses: array[int]) -> list[tuple[tuple[int, ...], Layout]]:

@@ -40,7 +40,17 @@ from adamw_triton_kernels.codes import (
 from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.runs import Run, runs
 from adamw_triton_kernels.weights import ELEMENT, PHASE, beside, read, write
-from adamw_triton_kernels.work import MASTER, NEAREST, SKIP, STOCHASTIC, Arrays, Call, Layout, Update
+from adamw_triton_kernels.work import (
+    MASTER,
+    NEAREST,
+    SKIP,
+    STOCHASTIC,
+    Addresses,
+    Arrays,
+    Call,
+    Layout,
+    Update,
+)
 
 # Elements that are updated at a time: bounds the temporaries of a step (some 10 MB), and small
 # enough that they stay in the processor's cache. A multiple of every block size.
@@ -61,6 +71,7 @@ def adamw_32bit(
     hyper: Tensor,
     weights: str,
     factors: Tensor | None,
+    addresses: Addresses | None,
 ) -> Call:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
@@ -110,6 +121,7 @@ def adamw_8bit(
     hyper: Tensor,
     weights: str,
     factors: Tensor | None,
+    addresses: Addresses | None,
 ) -> Call:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""

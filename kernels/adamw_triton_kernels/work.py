@@ -6,7 +6,9 @@ Shared by the kernels and the plain-torch twin; imports neither.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -108,8 +110,11 @@ class Hyper(NamedTuple):
 
 def hyper_table(hypers: Sequence[Hyper]) -> Tensor:
     """``Hyper`` as updates take it: fp32 [rows, 8], the phase as its bits."""
-    numbers = torch.tensor(hypers, dtype=torch.float64, device="cpu")  # whatever the default device
-    return _packed(numbers[:, :7], numbers[:, 7].to(torch.int64))
+    numbers = array("f", itertools.chain.from_iterable(hypers))  # in every step: torch would take longer
+    bits = memoryview(numbers).cast("B").cast("I")
+    for row, hyper in enumerate(hypers):
+        bits[8 * row + 7] = hyper.phase
+    return torch.frombuffer(numbers, dtype=torch.float32).view(-1, 8)
 
 
 SETTINGS = ("grad_scale", "beta1", "beta2", "eps", "lr", "weight_decay")
@@ -130,12 +135,8 @@ def hyper_table_at(steps: Tensor, settings: Tensor) -> Tensor:
     correction1 = 1 - beta1**step
     eps, step_size, decay = eps.clamp(min=SMALLEST_EPS), lr / correction1, weight_decay * correction1
     numbers = (grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay)
-    return _packed(torch.stack(numbers, dim=1), steps.long() * DITHER_STEP)
-
-
-def _packed(numbers: Tensor, phases: Tensor) -> Tensor:
-    bits = phases.to(torch.int32).view(torch.float32)
-    return torch.cat([numbers.float(), bits[:, None]], dim=1)
+    bits = (steps.long() * DITHER_STEP).to(torch.int32).view(torch.float32)
+    return torch.cat([torch.stack(numbers, dim=1).float(), bits[:, None]], dim=1)
 
 
 @dataclass(eq=False)
@@ -174,6 +175,9 @@ class Layout:
 Arrays = Mapping[str, Tensor]
 """State arrays by name."""
 
+Addresses = tuple[Sequence[int], Sequence[int]]
+"""Of a call's parameters and gradients."""
+
 Call = Callable[[Arrays], None]
 """An update that wants nothing but the arrays. It can be called once."""
 
@@ -190,10 +194,12 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 class Update:
     """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
-    weights are kept, factors).
+    weights are kept, factors, addresses).
 
     Factors are fp32 [some], where the tensors are: what gradients are multiplied by; the layout says which is
     whose. None: by nothing.
+
+    Addresses are those of params and grads, for which nobody need ask again. None: they are not known.
 
     In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
     sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
@@ -202,9 +208,7 @@ class Update:
 
     def __init__(
         self,
-        prepare: Callable[
-            [Sequence[Tensor], Sequence[Tensor], Arrays, Layout, Tensor, str, Tensor | None], Call
-        ],
+        prepare: Callable[..., Call],
     ) -> None:
         self._prepare = prepare
         functools.update_wrapper(self, prepare)
@@ -218,8 +222,9 @@ class Update:
         hyper: Tensor,
         weights: str = NEAREST,
         factors: Tensor | None = None,
+        addresses: Addresses | None = None,
     ) -> Call:
-        return self._prepare(params, grads, state, layout, hyper, weights, factors)
+        return self._prepare(params, grads, state, layout, hyper, weights, factors, addresses)
 
     def __call__(
         self,

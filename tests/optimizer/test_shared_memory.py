@@ -57,7 +57,8 @@ def test_any_strided_views_beside_their_addresses(
     pairs = {(a, b) for b in range(len(some)) for a in range(b) if reach[a] & reach[b]}
     assert {tuple(sorted(pair)) for pair in Ranges(starts, spans).meeting} == pairs
     last = len(some) - 1
-    met = Ranges(starts[:last], spans[:last]).met_by(starts[last:], spans[last:])
+    other = torch.tensor([starts[last:], spans[last:]])
+    met = Ranges(starts[:last], spans[:last]).met_by(*other)
     assert [bool(set().union(*reach[:last]) & reach[last])] == [bool(met)] or not spans[last]
 
 
