@@ -108,10 +108,10 @@ def tables(medians: dict[int, dict[str, float]], device: str) -> list[Table]:
 def main(argv: Sequence[str]) -> int:
     """Measure, show and save."""
     parser = suite.parser("host", __doc__)
-    parser.add_argument("--rounds", type=int, help="timed steps (default 300, quick 30)")
+    parser.add_argument("--rounds", type=int, help="timed steps (default 100, quick 30)")
     options = parser.parse_args(argv)
     device = options.device
-    rounds = options.rounds or (30 if options.quick else 300)
+    rounds = options.rounds or (30 if options.quick else 100)
     if device == "cpu":
         leave_out_the_launch()
         torch.set_num_threads(1)  # one-element tensors: more would only wait for each other
