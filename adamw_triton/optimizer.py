@@ -29,6 +29,7 @@ from adamw_triton.arguments import (
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.pager import never
+from adamw_triton.paging.transfer import COPY
 from adamw_triton.places.reservations import KEPT_BATCHES, KEPT_BUCKETS, Reservations
 from adamw_triton.places.store import Store
 from adamw_triton.selection.auto import chooser_for
@@ -74,7 +75,8 @@ class AdamW(torch.optim.Optimizer):
             what is left, else staging alone.
         transfer: how paged state reaches the kernels: ``"copy"`` by the GPU's copy engines,
             ``"zero_copy"`` read and written in host memory by the kernels themselves, ``"auto"``
-            whichever proves faster in the first four steps. The results are the same bits.
+            whichever proves faster in the first four steps (with ``gradient_release`` it is ``"copy"``: what
+            kernels read themselves holds up the backward that they run in). The results are the same bits.
         block_size: elements of the 8-bit format that share their scales, 128 or 256 (2.02 bytes).
         capturable: make ``step()`` safe to capture in a CUDA graph. Step counts are on the GPU then, and the
             host reads none of them; ``lr`` and ``betas`` may be tensors there, and a replay sees what they
@@ -497,8 +499,9 @@ class AdamW(torch.optim.Optimizer):
     def _reset(self) -> None:
         # What was spilled before a load stays so; an unpickled optimizer has no store yet.
         policy = self._store.policy if "_places" in self.__dict__ else self._chooser.policy
+        transfer = COPY if self.gradient_release and self.transfer == "auto" else self.transfer
         self._places = Reservations(
-            self._chooser, policy, self.transfer, self.block_size, scalars=self._scalars,
+            self._chooser, policy, transfer, self.block_size, scalars=self._scalars,
             kept_batches=KEPT_BUCKETS if self.gradient_release else KEPT_BATCHES,
         )  # fmt: skip
         self._clipping = Clipping(

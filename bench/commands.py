@@ -17,6 +17,7 @@ SUITES = {
     "fidelity": "how closely each state format follows fp32 AdamW on the same gradients",
     "audit": "what the compiled kernels are made of: instructions, registers, memory access",
     "compiled": "the compiled kernels on an emulator of PTX, beside their specification",
+    "hidden": "projected, not measured: what paged state adds to a step, by its tokens",
     "cards": "computed, not measured: which models can be fully fine-tuned on which card",
     "roofline": "projected, not measured: step times of GPUs from the audit",
 }

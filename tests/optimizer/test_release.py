@@ -511,3 +511,28 @@ def test_the_next_buckets_pages_come_in_ahead(monkeypatch: pytest.MonkeyPatch) -
         optimizer.step()
         assert len(begun) > 2
         assert fetched == (begun[1:] if step else [])
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_pages_go_by_the_copy_engines_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read the host's memory themselves would hold up the backward whose stream they are in. On
+    an H100 "auto" had come to that, from times of buckets that were backward's."""
+    ways: list[str] = []
+    for name in ("_copying", "_in_place"):
+        real = getattr(Pager, name)
+
+        def told(pager: Pager, *given: Any, real: Any = real, name: str = name) -> None:
+            ways.append(name)
+            real(pager, *given)
+
+        monkeypatch.setattr(Pager, name, told)
+    found = {}
+    for transfer in ("auto", "zero_copy"):
+        model = tower()[0]
+        optimizer = AdamW(model.parameters(), variant="paged_8bit", gradient_release=True, transfer=transfer)
+        ways.clear()
+        for _ in range(6):
+            model(torch.ones(2, 100)).square().mean().backward()
+            optimizer.step()
+        found[transfer] = set(ways)
+    assert found == {"auto": {"_copying"}, "zero_copy": {"_in_place"}}
