@@ -311,6 +311,10 @@ class AdamW(torch.optim.Optimizer):
             self._update(None, set(map(id, params)))
             self._places.fetch(set(map(id, following)))
 
+    def _join(self) -> None:
+        """At the end of a backward, whose stream goes on with the weights."""
+        self._store.join()
+
     def _update(self, scale: float | Tensor | None, among: Collection[int] | None = None) -> None:
         """Update the parameters that have gradients, or those of them that have these ids."""
         for group in self.param_groups:
@@ -331,9 +335,12 @@ class AdamW(torch.optim.Optimizer):
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
                 begin_anew(changed)
-            self._store.run(work, judged.known_skipped if judged is not None else never)
+            stop = judged.known_skipped if judged is not None else never
+            self._store.run(work, stop, (ordered, stepped.grads, judged))
             batch.count(judged)
-            batch.copy_back(ordered, stepped)
+            if batch.copies:
+                self._store.join()
+                batch.copy_back(ordered, stepped)
             batch.remember()
             self._store.saw_weights()
 
@@ -503,6 +510,7 @@ class AdamW(torch.optim.Optimizer):
         self._places = Reservations(
             self._chooser, policy, transfer, self.block_size, scalars=self._scalars,
             kept_batches=KEPT_BUCKETS if self.gradient_release else KEPT_BATCHES,
+            beside=self.gradient_release,
         )  # fmt: skip
         self._clipping = Clipping(
             self.max_grad_norm, self.adaptive_clip, self.nonfinite, whole=not self.gradient_release
@@ -510,7 +518,7 @@ class AdamW(torch.optim.Optimizer):
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
         if self.gradient_release:
-            self._release = Release(self._released, self._name_of)
+            self._release = Release(self._released, self._join, self._name_of)
             self._release.watch(self.__dict__.get("param_groups", ()))
 
     def _spill(self, device: torch.device, nbytes: int) -> int:

@@ -22,7 +22,11 @@ class Clock:
     now: float = 0.0
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        self.now += source.nbytes / self.rate
+        self.take(source.nbytes / self.rate)
+
+    def take(self, seconds: float) -> None:
+        """Be busy for so long."""
+        self.now += seconds
 
     def run(self, work: Callable[[], None]) -> None:
         work()
@@ -40,6 +44,7 @@ class TimedDevice:
 
     link: float
     compute: Clock = field(default_factory=Clock)
+    beside: Clock = field(default_factory=Clock)
     inbound: Clock = field(init=False)
     outbound: Clock = field(init=False)
 
@@ -50,7 +55,7 @@ class TimedDevice:
         return torch.empty(size, dtype=torch.uint8, device="meta")
 
     def finish(self, event: float) -> None:
-        pass
+        self.compute.wait(event)  # the host queues nothing meanwhile, and is not ahead of it
 
     def synchronize(self) -> None:
         pass

@@ -1,8 +1,8 @@
 """What the pager asks of a device: streams that copy and run, and events to order them.
 
-A GPU has three: ``inbound`` and ``outbound`` feed its two copy engines, ``compute`` is torch's current
-stream. On the CPU everything happens at once. The tests have a third device, which runs what is
-queued in any order that the events allow.
+A GPU has four: ``inbound`` and ``outbound`` feed its two copy engines, ``compute`` is torch's current
+stream, and ``beside`` takes updates that are not to hold that up. On the CPU everything happens at once. The
+tests have a third device, which runs what is queued in any order that the events allow.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class Device(Protocol):
     @property
     def compute(self) -> Stream: ...
 
+    @property
+    def beside(self) -> Stream: ...
+
     def allocate(self, size: int) -> Tensor:
         """``size`` bytes, which queued work of the compute stream may still use."""
 
@@ -52,7 +55,7 @@ class Device(Protocol):
         """The host waits for the event."""
 
     def synchronize(self) -> None:
-        """The host waits for everything, whatever stream it is on: also others than these three."""
+        """The host waits for everything, whatever stream it is on: also others than these."""
 
     def seconds(self, begin: Event, end: Event) -> float:
         """Between two events, once the second has happened."""
@@ -93,9 +96,9 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.inbound, self.outbound = (
+        self.inbound, self.outbound, self.beside = (
             CudaStream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-            for _ in range(2)
+            for _ in range(3)
         )
         self._has_triton = importlib.util.find_spec("triton") is not None
 
@@ -139,7 +142,7 @@ class HostDevice:
     """The CPU: there is nothing to wait for."""
 
     def __init__(self) -> None:
-        self.inbound = self.outbound = self.compute = HostStream()
+        self.inbound = self.outbound = self.compute = self.beside = HostStream()
 
     @lasting()
     def allocate(self, size: int) -> Tensor:

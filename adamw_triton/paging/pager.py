@@ -4,10 +4,11 @@
     compute          | upd 0| upd 1| upd 2| upd 3|...
     outbound                |copy 0|copy 1|copy 2|copy 3|
 
-Each page takes the next of a few staging buffers, from one walk to the next. The waits that make this right
-are in ``Pager._bring`` and ``Pager._copying``; the tests run it in every order they allow, and without each.
-The last pages go out while the next forward runs, and ``fetch`` has pages come in before their update is
-known.
+Each page takes the next of a few staging buffers, from one walk to the next. The last pages go out while the
+next forward runs, and ``fetch`` has pages come in before their update is known. Beside a backward, updates
+have a stream of their own: it goes on while they wait for their pages, until ``join``.
+
+The tests run all this in every order that its waits allow, and without each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.memory.units import format_bytes
-from adamw_triton.paging.device import Device, Event
+from adamw_triton.paging.device import Device, Event, Stream
 from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
 from adamw_triton.state.buffers import Page, StateBuffer
 from adamw_triton.state.formats import round_up
@@ -31,6 +32,11 @@ from adamw_triton.state.placement import CARVED, SMALLEST_BUDGET, Ring
 Arrays = Mapping[str, Tensor]
 Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
 """Pages, and what updates each, given its arrays where the device has them."""
+
+
+BESIDE = 1
+"""Walks beside a backward that may be under way when another is queued. What they read cannot be freed before
+they are done: with one, that is a bucket of gradients while the next one arrives."""
 
 
 def never() -> bool:
@@ -49,14 +55,22 @@ class Stage:
 
 
 class Pager:
-    """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates."""
+    """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates.
+
+    Args:
+        transfer: one of ``transfer.TRANSFERS``.
+        beside: updates are not to hold up the compute stream, until ``join``.
+    """
 
     _last: Event | None = None
     """After it, all pages are where they belong. Of the class: ``__del__`` finds it even if ``__init__`` was
     interrupted."""
 
-    def __init__(self, device: Device, transfer: str) -> None:
+    def __init__(self, device: Device, transfer: str, *, beside: bool = False) -> None:
         self._device = device
+        self._beside = beside
+        self._under_way: deque[tuple[Event, object]] = deque()
+        """Walks beside the compute stream: when their updates are done, and what these read."""
         self._choice = Choice(device, transfer)
         self._transfer = COPY
         self._ring: list[Stage] = []
@@ -96,13 +110,16 @@ class Pager:
             found = self._reached[buffer] = all(map(self._device.reaches, buffer.arrays.values()))
         return found
 
-    def walk(self, work: Work, stop: Callable[[], bool] = never) -> None:
+    def walk(self, work: Work, stop: Callable[[], bool] = never, reads: object = None) -> None:
         """Queue the updates of all pages. Any order of them would do: no two share an element.
 
         Args:
             stop: asked before each page, whether the rest need not be updated any more.
+            reads: what has to be there until the updates are done.
         """
         begin = self._device.compute.record()
+        if self._beside:
+            self._device.beside.wait(begin)
         try:
             if self._transfer == ZERO_COPY:
                 self._in_place(work)
@@ -111,10 +128,24 @@ class Pager:
         except BaseException:
             self._device.synchronize()  # what is queued uses memory that may be freed now
             raise
+        if self._beside:
+            self._under_way.append((self._device.beside.record(), (work, reads)))
+            while len(self._under_way) > BESIDE:
+                self._device.finish(self._under_way.popleft()[0])
         if stop():
             return  # of what has not moved there is nothing to learn
         nbytes = sum(array.nbytes for page, _ in work for array in page.arrays().values())
         self._choice.ran(self._transfer, nbytes, begin, self._last)
+
+    def join(self) -> None:
+        """What comes next on the compute stream happens after all updates."""
+        if self._under_way:
+            self._device.compute.wait(self._under_way[-1][0])
+            self._under_way.clear()
+
+    @property
+    def _updates(self) -> Stream:
+        return self._device.beside if self._beside else self._device.compute
 
     def fetch(self, pages: Sequence[Page]) -> None:
         """Have pages come in that the next walk will begin with, as many as there are stages. If it begins
@@ -151,7 +182,7 @@ class Pager:
         if self._in_place_until is not None:
             self._device.inbound.wait(self._in_place_until)
             self._in_place_until = None
-        compute, outbound = self._device.compute, self._device.outbound
+        updates, outbound = self._updates, self._device.outbound
         for page, update in work:
             if stop():
                 break
@@ -160,21 +191,21 @@ class Pager:
             stage, there = self._ahead.popleft() if self._ahead else self._bring(page)
             arrays = page.arrays()
             staged = carve(stage.memory, arrays)
-            compute.wait(there)
-            compute.run(partial(update, staged))
-            outbound.wait(compute.record())
+            updates.wait(there)
+            updates.run(partial(update, staged))
+            outbound.wait(updates.record())
             for name in arrays:
                 outbound.copy(arrays[name], staged[name])
             self._last = stage.left = outbound.record()
 
     def _in_place(self, work: Work) -> None:
         self._ahead.clear()  # what has come in is old
-        compute = self._device.compute
+        updates = self._updates
         if self._last is not None:
-            compute.wait(self._last)
+            updates.wait(self._last)
         for page, update in work:
-            compute.run(partial(update, page.arrays()))
-        self._last = self._in_place_until = compute.record()
+            updates.run(partial(update, page.arrays()))
+        self._last = self._in_place_until = updates.record()
 
     def _allocate(self, ring: Ring) -> list[Stage]:
         try:

@@ -52,11 +52,12 @@ class Reservations:
         *,
         scalars: Scalars = STEPS,
         kept_batches: int = KEPT_BATCHES,
+        beside: bool = False,
     ) -> None:
         self._chooser = chooser
         self._most_batches = kept_batches
         self._block_size = block_size
-        self.store = Store(policy, transfer, scalars=scalars)
+        self.store = Store(policy, transfer, scalars=scalars, beside=beside)
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: list[_Kept] = []

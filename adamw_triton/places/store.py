@@ -48,12 +48,15 @@ _log = logging.getLogger("adamw_triton")
 
 
 class Store:
-    """The state of one optimizer; ``transfer``: one of ``transfer.TRANSFERS``."""
+    """The state of one optimizer; ``transfer`` and ``beside``: see ``Pager``."""
 
-    def __init__(self, policy: Policy, transfer: str, *, scalars: Scalars = STEPS) -> None:
+    def __init__(
+        self, policy: Policy, transfer: str, *, scalars: Scalars = STEPS, beside: bool = False
+    ) -> None:
         self.policy = policy
         self._scalars = scalars
         self._transfer = transfer
+        self._beside = beside
         self.slots: dict[int, Slot] = {}
         """By id of the parameter, which the slot keeps alive."""
         self.buffers: list[StateBuffer] = []
@@ -178,18 +181,27 @@ class Store:
         """All that a step needs and that can fail: staging buffers."""
         for device, pages in _by_device(work).items():
             if device not in self._pagers:
-                self._pagers[device] = Pager(self._device(device), self._transfer)
+                self._pagers[device] = Pager(self._device(device), self._transfer, beside=self._beside)
             paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
             self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
 
-    def run(self, work: Work, stop: Callable[[], bool] = never) -> None:
-        """Update all pages: resident ones where they are, while the first of the others come in. ``stop``:
-        asked before each of these, whether they may stay where they are."""
+    def run(self, work: Work, stop: Callable[[], bool] = never, reads: object = None) -> None:
+        """Update all pages: resident ones where they are, while the first of the others come in.
+
+        Args:
+            stop: asked before each of these, whether they may stay where they are.
+            reads: what updates need, which may be under way until ``join``.
+        """
         for page, update in work:
             if not page.buffer.paged:
                 update(page.buffer.arrays)
         for device, pages in _by_device(work).items():
-            self._pagers[device].walk(pages, stop)
+            self._pagers[device].walk(pages, stop, reads)
+
+    def join(self) -> None:
+        """What comes next on the current streams happens after all updates."""
+        for pager in self._pagers.values():
+            pager.join()
 
     def fetch(self, pages: Sequence[Page]) -> None:
         """Have pages come in that ``run`` will begin with, most likely."""

@@ -192,6 +192,11 @@ class Batch:
                 tensors[position] = _in_order(tensors[position], self.slots[position].strides)
         return Tensors(params, grads)
 
+    @property
+    def copies(self) -> bool:
+        """Whether ``copy_back`` has anything to do."""
+        return bool(self._disordered)
+
     def copy_back(self, ordered: Tensors, stepped: Stepped) -> None:
         """Into the parameters what was updated in their stead."""
         for position in self._disordered:

@@ -34,13 +34,15 @@ time."""
 
 
 class Release:
-    """Args:
-    update: a bound method, which updates these parameters by their gradients. It is held weakly.
+    """Args, which are bound methods and held weakly:
+    update: updates these parameters by their gradients; that may still be under way afterwards.
+    join: what is queued next on the current stream happens after all updates.
     name: what a message calls a parameter.
     """
 
-    def __init__(self, update: Update, name: Callable[[Tensor], str]) -> None:
+    def __init__(self, update: Update, join: Callable[[], None], name: Callable[[Tensor], str]) -> None:
         self._update = weakref.WeakMethod(update)
+        self._join = weakref.WeakMethod(join)
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
         self._heard = WeakIdKeyDictionary()
@@ -99,6 +101,7 @@ class Release:
                 gradient again.
         """
         with self._lock:
+            self._joined()  # whatever comes of it, the weights may be read
             if self._ahead and self._running:
                 raise RuntimeError(self._failed())
             params = [param for group in groups for param in group["params"]]
@@ -111,6 +114,7 @@ class Release:
                     "optimizer with gradient_release=False, or the model without DDP"
                 )
             self._step(left)
+            self._joined()
             self.begin()
             self.watch(groups)
 
@@ -121,6 +125,7 @@ class Release:
             for group in groups:
                 for param in group["params"]:
                     param.grad = None
+            self._joined()
             self.begin()
             return ahead
 
@@ -155,7 +160,17 @@ class Release:
                 self._running.clear()
             self._running.add(task)
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: self._running.discard(task))
+            engine.queue_callback(lambda: self._ended(task))
+
+    def _ended(self, task: int) -> None:
+        """A backward has come to its end, on whose streams the weights may be read from now on."""
+        self._running.discard(task)
+        self._joined()
+
+    def _joined(self) -> None:
+        join = self._join()
+        if join is not None:
+            join()
 
     def _twice(self, param: Tensor) -> str:
         if self._running - {torch._C._current_graph_task_id()}:

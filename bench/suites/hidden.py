@@ -104,7 +104,7 @@ def seconds(machine: Machine, parts: Sequence[Bucket], tokens: int, released: bo
     """Of forward and backward alone, and of a step with the optimizer."""
     card = find_card(machine.card)
     device = TimedDevice(card.link)
-    pager = Pager(device, "copy")
+    pager = Pager(device, "copy", beside=released)
     elements = sum(part.elements for part in parts)
     forward = 2 * elements * tokens / machine.flops
     buffer = parts[0].pages[0].buffer
@@ -112,10 +112,8 @@ def seconds(machine: Machine, parts: Sequence[Bucket], tokens: int, released: bo
 
     def update(page: Page) -> Callable[[Mapping[str, Tensor]], None]:
         moved = sum(2 * array.nbytes for array in page.arrays().values()) + 6 * (page.stop - page.start)
-        return lambda _: compute(moved / card.bandwidth)
-
-    def compute(time: float) -> None:
-        device.compute.now += time
+        stream = device.beside if released else device.compute
+        return lambda _: stream.take(moved / card.bandwidth)
 
     def step(part: Sequence[Page]) -> None:
         work = [(page, update(page)) for page in part]
@@ -125,13 +123,15 @@ def seconds(machine: Machine, parts: Sequence[Bucket], tokens: int, released: bo
     began = 0.0
     for _ in range(STEPS):
         began = device.compute.now
-        compute(forward)
+        device.compute.take(forward)
         for part, following in pairwise([*parts, None]):
-            compute(3 * forward * part.elements / elements)
+            device.compute.take(3 * forward * part.elements / elements)
             if released:
                 step(part.pages)
                 pager.fetch(following.pages if following else parts[0].pages)
-        if not released:
+        if released:
+            pager.join()
+        else:
             step([page for part in parts for page in part.pages])
     return 4 * forward, device.compute.now - began
 

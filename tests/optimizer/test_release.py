@@ -495,9 +495,9 @@ def test_the_next_buckets_pages_come_in_ahead(monkeypatch: pytest.MonkeyPatch) -
         fetched.extend(pages[:1])
         fetch(self, pages)
 
-    def walking(self: Pager, work: Work, stop: Any = None) -> None:
+    def walking(self: Pager, work: Work, *given: Any) -> None:
         begun.append(work[0][0])
-        walk(self, work, stop)
+        walk(self, work, *given)
 
     model = Loose()
     how: dict[str, Any] = {"variant": "paged_8bit", "transfer": "copy"}

@@ -85,11 +85,12 @@ class SimulatedDevice:
     inbound: Stream = field(init=False)
     outbound: Stream = field(init=False)
     compute: Stream = field(init=False)
+    beside: Stream = field(init=False)
     waited_at: set[int] = field(default_factory=set)
     _rates: Iterator[float] = field(default_factory=lambda: iter((1.0, 1.0, 2.0, 2.0)))
 
     def __post_init__(self) -> None:
-        self.inbound, self.outbound, self.compute = Stream(self), Stream(self), Stream(self)
+        self.inbound, self.outbound, self.compute, self.beside = (Stream(self) for _ in range(4))
         self.users = [self.compute, *(Stream(self) for _ in range(self.extra))]
         self.running = False
         """Whether something queued runs now."""
@@ -98,7 +99,7 @@ class SimulatedDevice:
 
     @property
     def streams(self) -> list[Stream]:
-        return [self.inbound, *self.users, self.outbound]
+        return [self.inbound, *self.users, self.outbound, self.beside]
 
     def waits(self) -> bool:
         """Whether the line of the pager that calls is to be heeded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 from adamw_triton import AdamW
 from adamw_triton.places import store
 from adamw_triton.state import placement
+from adamw_triton.step.release import Release
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order
 
@@ -147,6 +149,47 @@ def test_on_the_simulated_device_in_a_thousand_orders(bits_: str, monkeypatch: p
         for seed in range(1000):
             devices.append(SimulatedDevice(random_order(seed)))
             assert whole_training("paged_" + bits_, devices) == expected, seed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits_", ["32bit", "8bit"])
+def test_released_on_the_simulated_device_in_a_thousand_orders(
+    bits_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward and the next forward are on the compute stream, updates beside it."""
+    monkeypatch.setattr(placement, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(Release, "_note_backward", lambda self: None)
+    expected = released_training(bits_, [])
+    devices: list[SimulatedDevice] = []
+    monkeypatch.setattr(store, "device_for", lambda _: devices[-1])
+    with small_pages(9_000):
+        for seed in range(1000):
+            devices.append(SimulatedDevice(random_order(seed)))
+            assert released_training("paged_" + bits_, devices) == expected, seed
+
+
+def released_training(variant: str, devices: list[SimulatedDevice]) -> tuple[Result, list[bytes]]:
+    """Also what a forward sees behind each step."""
+    params = parameters([(4500,), (10,), (4100,), (3000,), (4096,)])
+    optimizer = AdamW(params, variant=variant, gradient_release=True)
+    assert optimizer._release is not None
+    queue = devices[-1].compute.run if devices else lambda work: work()
+    seen: list[torch.Tensor] = []
+    for step in range(3):
+        set_grads(params, step)
+        grads = [param.grad for param in params]
+        for param in params:
+            param.grad = None
+        for param, grad in reversed(list(zip(params, grads, strict=True))):
+            param.grad = torch.full_like(grad, torch.nan)  # not there before its stream has come so far
+            queue(partial(param.grad.copy_, grad))
+            optimizer._release.arrived(param)
+        optimizer.step()
+        queue(lambda: seen.extend(param.detach().clone() for param in params))
+    if devices:
+        optimizer.state_dict()
+        devices[-1].synchronize()
+    return result(optimizer), bits(seen)
 
 
 def whole_training(variant: str, devices: list[SimulatedDevice]) -> Result:

@@ -125,6 +125,42 @@ class Freed(Situation):
         return [b"\1" * (1 << 10)]
 
 
+class Beside(Situation):
+    """Buckets beside a backward: their updates read gradients that it has just made, in memory that it uses
+    anew as soon as it may, and write weights that are read when all is joined."""
+
+    def run(self, device: SimulatedDevice) -> list[bytes]:
+        buffer, pager = self.buffer(), Pager(device, self.transfer, beside=True)
+        weights = torch.zeros(self.pages, dtype=torch.int32)
+        seen = torch.zeros_like(weights)
+        memory = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]  # a bucket's under way, the next one's
+        for number, (step, stages) in enumerate(zip(self.steps, self.rings, strict=True)):
+            grad = memory[number % len(memory)]
+            device.compute.run(functools.partial(grad.fill_, number))
+            pages = self.cut(buffer, step)
+            work = [(page, functools.partial(self.learn, grad, weights, page)) for page in pages]
+            pager.prepare(work, Ring(staged_bytes(self.format, self.page_elements), stages))
+            pager.walk(work, reads=grad)
+            if number < len(self.ahead):
+                pager.fetch(self.cut(buffer, self.ahead[number]))
+        pager.join()
+        device.compute.run(lambda: seen.copy_(weights))
+        device.synchronize()
+        return [*found(buffer), seen.numpy().tobytes()]
+
+    def sequential(self) -> list[bytes]:
+        buffer, weights = self.buffer(), torch.zeros(self.pages, dtype=torch.int32)
+        for number, step in enumerate(self.steps):
+            for page in self.cut(buffer, step):
+                self.learn(torch.tensor([number], dtype=torch.int32), weights, page, page.arrays())
+        return [*found(buffer), weights.numpy().tobytes()]
+
+    def learn(self, grad: Tensor, weights: Tensor, page: Page, arrays: Arrays) -> None:
+        update(int(grad), page, arrays)
+        index = page.start // self.page_elements
+        weights[index] = weights[index] * 3 + int(grad) + 1 & 0xFFFF
+
+
 BUCKETS = shuffled(steps(7, 5, 7), 0)
 SITUATIONS = {
     "copies, three stages": Situation(Float32(), 7, steps(7, 3, 0), (3, 3, 3), "copy"),
@@ -142,6 +178,9 @@ SITUATIONS = {
         Float32(), 7, (*BUCKETS, *BUCKETS), (3,) * 10, "auto", (*BUCKETS[1:], *BUCKETS[:4])
     ),
     "fetched, and given up": Freed(Float32(), 3, (), (), "copy"),
+    "beside a backward": Beside(Float32(), 7, BUCKETS, (3,) * 5, "copy"),
+    "beside a backward, fetched ahead": Beside(Blockwise8(), 7, BUCKETS, (3,) * 5, "copy", BUCKETS[1:]),
+    "beside a backward, in place": Beside(Float32(), 7, BUCKETS, (3,) * 5, "zero_copy"),
     "one way after the other": Situation(Float32(), 5, steps(5, 7, 6), (3,) * 7, "auto"),
 }
 
@@ -213,7 +252,7 @@ def test_all_waits_are_tried() -> None:
         situation.run(device)
         tried |= device.waited_at
     assert tried == waits_in_the_source()
-    assert len(tried) == 9
+    assert len(tried) == 12
 
 
 def test_leaving_out_nothing_changes_nothing() -> None:
