@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from adamw_triton.paging.pager import Arrays, Work
-from adamw_triton.state.buffers import Page, Slot, StateBuffer
+from adamw_triton.state.buffers import Buffer, Page, Slot, StateBuffer
 from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
@@ -44,8 +44,13 @@ def _is_in_order(item: Item) -> bool:
 def _in_order(item: Item) -> Item:
     """What an update reads and writes instead: dense and real, in the slot's memory order; copies where the
     item's own tensors are not so."""
-    param, grad = (_with_strides(as_real(_there(t)).resolve_neg(), item.slot.strides) for t in item[2:])
+    param, grad = (in_memory_order(tensor, item.slot.strides) for tensor in item[2:])
     return item._replace(param=param, grad=grad)
+
+
+def in_memory_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor as real numbers, with these strides: a copy if it is not so."""
+    return _with_strides(as_real(_there(tensor)).resolve_neg(), strides)
 
 
 def _there(tensor: Tensor) -> Tensor:
@@ -149,8 +154,8 @@ class Batch:
         self._gradients = Gradients(self.slots)
         self._launches: list[tuple[Page, list[Launch]]] = []
         for buffer, positions in of_buffer.items():
-            for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
-                self._launches.append((page, _launches(page, pieces, items, self._gradients.places)))
+            for page, pieces in cut(buffer, positions, self.slots, page_elements(buffer)):
+                self._launches.append((page, _launches(buffer, page, pieces, items, self._gradients.places)))
 
     @property
     def pages(self) -> list[Page]:
@@ -217,10 +222,20 @@ def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
     return send(ones, steps.device)
 
 
-def _cut(
-    buffer: StateBuffer, positions: Sequence[int], slots: Sequence[Slot], size: int
+class Range(Protocol):
+    """Of a buffer: what is a parameter's there."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def numel(self) -> int: ...
+
+
+def cut(
+    buffer: Buffer, positions: Sequence[int], slots: Sequence[Range], size: int
 ) -> Iterator[tuple[Page, list[Piece]]]:
-    """The pages on which these parameters have state, in order; of those that travel, what is needed."""
+    """The pages on which these parameters have something, in order; of those that travel, what is needed."""
     pages: dict[int, list[Piece]] = defaultdict(list)
     for position in sorted(positions, key=lambda position: slots[position].start):
         slot = slots[position]
@@ -242,10 +257,9 @@ def _cut(
 
 
 def _launches(
-    page: Page, pieces: Sequence[Piece], items: Sequence[Item], places: Sequence[int]
+    buffer: StateBuffer, page: Page, pieces: Sequence[Piece], items: Sequence[Item], places: Sequence[int]
 ) -> list[Launch]:
     """One for each pair of dtypes. ``places``: of each gradient among those of its device."""
-    buffer = page.buffer
     of_pair: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
     for piece in pieces:
         item = items[piece.position]
