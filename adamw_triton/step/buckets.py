@@ -43,6 +43,11 @@ class Buckets:
         self._waiting.clear()
         return found
 
+    def drop(self) -> None:
+        """What has arrived and waits is not to be stepped, and will arrive again: or its bucket would be full
+        too early."""
+        self._waiting.clear()
+
     def _take(self, waiting: dict[int, dict[int, Tensor]], number: int) -> list[Tensor]:
         bucket = waiting.pop(number)
         if number == _UNKNOWN:

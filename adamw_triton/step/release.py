@@ -122,9 +122,10 @@ class Release:
 
     @_disable_dynamo
     def drop_sums(self) -> None:
-        """Have them begin anew."""
+        """Have them begin anew: gradients have been dropped."""
         with self._lock:
             self._held.clear()
+            self._buckets.drop()
             if not self._ahead:
                 self._running.clear()
 
@@ -210,6 +211,7 @@ class Release:
         if failed := self._running.keys() - self._alive():
             if self._ahead or self._held:
                 raise RuntimeError(self._failed())
+            self._buckets.drop()
             for each in failed:  # nothing came of them
                 del self._running[each]
         end = _End(self, task, is_last)
