@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.memory.units import parse_bytes
+from adamw_triton.memory.units import format_bytes, parse_bytes
 from adamw_triton.paging.transfer import TRANSFERS
-from adamw_triton.state.placement import STAGES, check_budget, sum_page
+from adamw_triton.state.placement import SMALLEST_BUDGET, check_budget
 from adamw_triton_kernels import tables
 
 
@@ -151,8 +151,12 @@ def check_accumulation(
             f"accumulate_dtype={accumulate_dtype} needs accumulate_on='host': on the GPU it is autograd that "
             "adds gradients up, in their own dtype"
         )
-    if accumulate_on == "host" and budget is not None:
-        check_budget(budget - STAGES * sum_page(budget))
+    if accumulate_on == "host" and budget is not None and budget < 2 * SMALLEST_BUDGET:
+        raise ValueError(
+            f"memory_budget of {format_bytes(budget)} is too small: pages of state and, with "
+            f"accumulate_on='host', of sums need {format_bytes(SMALLEST_BUDGET)} each, "
+            f"{format_bytes(2 * SMALLEST_BUDGET)} in all"
+        )
 
 
 def check_unscaled(released: bool, found_inf: Tensor | None, scale: float | Tensor | None) -> None:

@@ -81,7 +81,8 @@ class Reservations:
     def offload(self, groups: Groups, state: State) -> None:
         """Take state to the host, until the next step."""
         if self.sums is not None:
-            self.sums.free()
+            with self.store.hold():
+                self.sums.free()
         self.settle(groups, state)
         if self._chooser.decided:
             self.store.offload(state)

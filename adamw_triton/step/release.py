@@ -68,7 +68,7 @@ class Release:
         self._last: frozenset[int] = frozenset()
         self._ahead: set[int] = set()
         """Ids of parameters that have been stepped since the last ``close``."""
-        self._running: dict[int, weakref.ref[_End]] = {}
+        self._running: dict[int, Callable[[], _End | None]] = {}
         """Backwards that have not come to their end, by the engine's number, and what it will call there: it
         drops that when one fails."""
         self._accumulating = 0
@@ -114,10 +114,14 @@ class Release:
     def ended(self, task: int, is_last: bool) -> None:
         """A backward has come to its end; those within it, of reentrant checkpoints, before it."""
         with self._lock:
-            if not is_last and self._alive() == {task}:
-                for bucket in self._buckets.rest():
-                    self._accumulate(bucket)
-                self._last = frozenset()
+            try:
+                if not is_last and self._alive() == {task}:
+                    for bucket in self._buckets.rest():
+                        self._accumulate(bucket)
+                    self._last = frozenset()
+            except BaseException:
+                self._running[task] = _gone  # whatever keeps the error keeps what autograd has called
+                raise
             self._running.pop(task, None)
 
     @_disable_dynamo
@@ -262,6 +266,10 @@ class _End:
         release = self._release()
         if release is not None:
             release.ended(self._task, self._is_last)
+
+
+def _gone() -> None:
+    """In place of a reference to what autograd has dropped."""
 
 
 class _Hook:
