@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from adamw_triton.memory.units import parse_bytes
+from adamw_triton.memory.units import format_bytes, parse_bytes
 from adamw_triton.paging.transfer import TRANSFERS
-from adamw_triton.state.placement import check_budget
+from adamw_triton.state.placement import SMALLEST_BUDGET, check_budget
 from adamw_triton_kernels import tables
 
 
@@ -37,10 +38,12 @@ BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release",
+    "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release", "accumulate_on", "accumulate_dtype",
 )  # fmt: skip
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
+ACCUMULATE_ON = ("gpu", "host")
+"""Where the gradients of micro-batches add up."""
 
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
@@ -122,6 +125,37 @@ def check_release(gradient_release: object, max_grad_norm: float | None, captura
         raise ValueError(
             "gradient_release=True and capturable=True exclude each other: what is released is stepped by "
             "autograd, which a CUDA graph does not call"
+        )
+
+
+def check_accumulation(
+    accumulate_on: object, accumulate_dtype: object, gradient_release: bool, budget: int | None = None
+) -> None:
+    """``budget``: bytes of ``memory_budget``."""
+    if not isinstance(accumulate_on, str) or accumulate_on not in ACCUMULATE_ON:
+        raise ValueError(
+            f"Invalid accumulate_on: {accumulate_on!r}; it must be {' or '.join(map(repr, ACCUMULATE_ON))}"
+        )
+    if accumulate_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"Invalid accumulate_dtype: {accumulate_dtype!r}; it must be None, for sums in the gradients' "
+            "own dtype, or torch.float32"
+        )
+    if accumulate_on == "host" and not gradient_release:
+        raise ValueError(
+            "accumulate_on='host' needs gradient_release=True: without it step() finds the gradients of the "
+            "last backward where autograd left them, and all of these are there at once anyway"
+        )
+    if accumulate_dtype is not None and accumulate_on != "host":
+        raise ValueError(
+            f"accumulate_dtype={accumulate_dtype} needs accumulate_on='host': on the GPU it is autograd that "
+            "adds gradients up, in their own dtype"
+        )
+    if accumulate_on == "host" and budget is not None and budget < 2 * SMALLEST_BUDGET:
+        raise ValueError(
+            f"memory_budget of {format_bytes(budget)} is too small: pages of state and, with "
+            f"accumulate_on='host', of sums need {format_bytes(SMALLEST_BUDGET)} each, "
+            f"{format_bytes(2 * SMALLEST_BUDGET)} in all"
         )
 
 

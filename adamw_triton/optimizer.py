@@ -14,6 +14,7 @@ from adamw_triton import checkpoint
 from adamw_triton.arguments import (
     OF_THE_OPTIMIZER,
     VARIANTS,
+    check_accumulation,
     check_capture,
     check_clipping,
     check_group,
@@ -28,17 +29,20 @@ from adamw_triton.arguments import (
 )
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
+from adamw_triton.memory.units import parse_bytes
 from adamw_triton.paging.pager import never
 from adamw_triton.paging.transfer import COPY
 from adamw_triton.places.reservations import KEPT_BATCHES, KEPT_BUCKETS, Reservations
 from adamw_triton.places.store import Store
+from adamw_triton.places.sums import Summing
 from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.buffers import Scalars, begin_anew
+from adamw_triton.state.placement import STAGES, sum_page
 from adamw_triton.step.batch import Batch, Tensors
 from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
-from adamw_triton.step.release import Release
+from adamw_triton.step.release import Adding, Release
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
 from adamw_triton.tensors import check_new_param, name_of, named
@@ -115,6 +119,15 @@ class AdamW(torch.optim.Optimizer):
             global norm before the end, so no ``max_grad_norm`` but ``inf``, which lets ``grad_norm`` be read;
             ``adaptive_clip`` works. What ``nonfinite`` skips or refuses is a bucket, not the step, and
             ``skipped_steps`` counts buckets. For one process, without a gradient scaler.
+        accumulate_on: where the gradients of several backwards add up before a step: ``"gpu"``, where
+            autograd leaves them, all of them, until the last backward; or, with ``gradient_release``,
+            ``"host"``: each bucket is added into pinned host memory, 2 bytes of a bf16 parameter, and freed;
+            in the last backward it comes back for its update. The bits are those of ``"gpu"``. ``step()``
+            uses the sums up, ``zero_grad()`` and ``abandon_step()`` drop them; a model's own ``zero_grad()``
+            does not know of them, and state dicts do not have them.
+        accumulate_dtype: of the sums with ``accumulate_on="host"``. None: that of each gradient, in which
+            every addition rounds. ``torch.float32``: 4 bytes a parameter, rounded to the gradient's dtype
+            once, after the last has been added.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -132,6 +145,8 @@ class AdamW(torch.optim.Optimizer):
     adaptive_clip: float | None = None
     nonfinite: str = PROPAGATE
     gradient_release: bool = False
+    accumulate_on: str = "gpu"
+    accumulate_dtype: torch.dtype | None = None
     _release: Release | None = None
     _places: Reservations
     _whole: WholeSteps
@@ -166,6 +181,8 @@ class AdamW(torch.optim.Optimizer):
         adaptive_clip: float | None = None,
         nonfinite: str = "propagate",
         gradient_release: bool = False,
+        accumulate_on: str = "gpu",
+        accumulate_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -176,6 +193,9 @@ class AdamW(torch.optim.Optimizer):
         weights = check_weights(variant, master_weights, stochastic_rounding)
         check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
         check_release(gradient_release, max_grad_norm, capturable)
+        check_accumulation(accumulate_on, accumulate_dtype, gradient_release, budget)
+        if accumulate_on == "host" and budget is not None:
+            budget -= STAGES * sum_page(budget)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights, gradient_release)
         self.variant = variant
         self.memory_budget = memory_budget
@@ -188,6 +208,8 @@ class AdamW(torch.optim.Optimizer):
         self.adaptive_clip = adaptive_clip
         self.nonfinite = nonfinite
         self.gradient_release = gradient_release
+        self.accumulate_on = accumulate_on
+        self.accumulate_dtype = accumulate_dtype
         self._reset()
         defaults = {
             "lr": lr,
@@ -222,6 +244,13 @@ class AdamW(torch.optim.Optimizer):
         """By ``nonfinite="skip"`` since this optimizer was made; state dicts do not have it. Waits for the
         last step."""
         return self._clipping.skipped
+
+    @property
+    def _summing(self) -> Summing | None:
+        if self.accumulate_on != "host":
+            return None
+        budget = None if self.memory_budget is None else parse_bytes(self.memory_budget, "memory_budget")
+        return Summing(self.accumulate_dtype, sum_page(budget))
 
     @property
     def _scalars(self) -> Scalars:
@@ -289,13 +318,19 @@ class AdamW(torch.optim.Optimizer):
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Around every backward but the last before a step, with ``gradient_release``: their gradients are
-        added up where they are, and none is used yet. Without, it does nothing."""
+        added up, where ``accumulate_on`` says, and none is used yet. Without, it does nothing."""
         return nullcontext() if self._release is None else self._release.accumulating()
 
     def abandon_step(self) -> int:
         """With ``gradient_release``, after a backward that failed: go on with some parameters a step ahead of
-        the others, whose gradients are dropped. How many they are."""
+        the others, whose gradients and sums are dropped. How many they are."""
         return 0 if self._release is None else self._release.abandon(self.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; and what has been added up on the host is dropped."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.drop_sums()
 
     def _name_of(self, param: Tensor) -> str:
         return next((name for each, name in named(self.param_groups) if each is param), "a parameter")
@@ -308,12 +343,22 @@ class AdamW(torch.optim.Optimizer):
                 self._whole.check()
                 self._clipping.begin()
                 self._store.forget()
+            if self._places.sums is not None:
+                self._places.sums.take(params, self._whole.commit, following)
             self._update(None, set(map(id, params)))
             self._places.fetch(set(map(id, following)))
 
     def _join(self) -> None:
         """At the end of a backward, whose stream goes on with the weights."""
         self._store.join()
+
+    def _added(self, params: Sequence[Tensor], following: Sequence[Tensor]) -> None:
+        """Add the gradients of these to their sums on the host."""
+        sums = self._places.sums
+        if sums is not None:
+            with lasting(), self._store.hold():
+                self._whole.check()
+                sums.add(params, self.param_groups, following)
 
     def _update(self, scale: float | Tensor | None, among: Collection[int] | None = None) -> None:
         """Update the parameters that have gradients, or those of them that have these ids."""
@@ -374,8 +419,9 @@ class AdamW(torch.optim.Optimizer):
     def memory(self) -> dict[str, int]:
         """Bytes of state by place ("gpu", "host"), of staging buffers on the GPU ("staging"), and of
         state by format ("32bit", "8bit"), what goes with exact weights apart ("weights"). Empty of state
-        before the first step."""
-        return self._store.memory()
+        before the first step. With ``accumulate_on="host"`` also of the sums ("sums"), which are part of
+        "host", as their staging buffers are of "staging"."""
+        return self._places.memory()
 
     @torch.no_grad()
     @lasting()
@@ -510,7 +556,7 @@ class AdamW(torch.optim.Optimizer):
         self._places = Reservations(
             self._chooser, policy, transfer, self.block_size, scalars=self._scalars,
             kept_batches=KEPT_BUCKETS if self.gradient_release else KEPT_BATCHES,
-            beside=self.gradient_release,
+            beside=self.gradient_release, summing=self._summing,
         )  # fmt: skip
         self._clipping = Clipping(
             self.max_grad_norm, self.adaptive_clip, self.nonfinite, whole=not self.gradient_release
@@ -518,7 +564,9 @@ class AdamW(torch.optim.Optimizer):
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
         if self.gradient_release:
-            self._release = Release(self._released, self._join, self._name_of)
+            sums = self._places.sums
+            adding = None if sums is None else Adding(self._added, sums.held)
+            self._release = Release(self._released, self._join, self._name_of, adding)
             self._release.watch(self.__dict__.get("param_groups", ()))
 
     def _spill(self, device: torch.device, nbytes: int) -> int:

@@ -112,7 +112,7 @@ def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}"
 
 
-def named(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
+def named(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
     """Each parameter of all groups, or the index that stands for it, with what messages call it."""
     return [
         (param, name_of(group, group_index, index))

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from adamw_triton.arguments import VARIANTS
 from adamw_triton.optimizer import AdamW
 
@@ -140,11 +142,19 @@ def _typed(key: str, text: str, kinds: tuple[type, ...]) -> Any:
     raise ValueError(f"optim_args: {key}={text} is invalid; {key} must be {allowed}")
 
 
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError
+    return found
+
+
 _READERS: dict[type, Any] = {
     types.NoneType: lambda text: {"none": None}[text.lower()],
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,
     float: float,
+    torch.dtype: _dtype,
     str: str,
 }
 _STRICTEST_FIRST = list(_READERS)
@@ -153,5 +163,6 @@ _EXPECTED = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
+    torch.dtype: "a dtype like float32",
     str: "text",
 }

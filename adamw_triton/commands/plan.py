@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
+ACCUMULATE_ON = ("gpu", "host")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 FEWEST = 1000
 """Parameters; whoever writes fewer has left out a unit."""
@@ -73,6 +74,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_option(
         "--release", action="store_true", help="use gradients up during backward (gradient_release=True)"
     )
+    add_option(
+        "--accumulate-on", metavar="WHERE", default="gpu",
+        help="where gradients add up before a step: gpu (default), or host, with --release",
+    )  # fmt: skip
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
         "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
@@ -123,6 +128,7 @@ def plan(arguments: argparse.Namespace) -> int:
         print(f"activations: {found.origin}")
         if arguments.release and not _releases(arguments):
             print("gradients: accumulated, and so all there until the last backward, --release or not")
+            print("           (--accumulate-on host keeps them in host memory)")
         show(found.plan)
     return NOTHING_FITS if found.plan.chosen is None else 0
 
@@ -156,6 +162,7 @@ def check(arguments: argparse.Namespace) -> Question:
         ("--lora-targets", arguments.lora_targets, TARGETS),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--prefer", arguments.prefer, ("speed", "exact")),
+        ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),
     ):
         if value not in allowed:
             names = " or ".join(str(choice) for choice in allowed if choice is not None)
@@ -164,6 +171,8 @@ def check(arguments: argparse.Namespace) -> Question:
         raise ValueError(
             "--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves"
         )
+    if arguments.accumulate_on == "host" and not arguments.release:
+        raise ValueError("--accumulate-on host needs --release: without it all gradients are there at once")
     if (arguments.model is None) == (arguments.params is None):
         raise ValueError("name a model's folder or file, or its size as --params; one of them")
     return Question(
@@ -260,8 +269,8 @@ def count_activations(
     if model.dimensions is None:
         return None, f"not counted: {model.remark}; give --activations"
     batch = Batch(
-        arguments.batch, arguments.seq, not arguments.no_checkpointing, arguments.accumulation > 1,
-        _releases(arguments),
+        arguments.batch, arguments.seq, not arguments.no_checkpointing,
+        arguments.accumulation > 1 and not _releases(arguments), _releases(arguments),
     )  # fmt: skip
     work = workload(model.weights, run, model.dimensions.visited)
     if batch.released:
@@ -275,8 +284,8 @@ def count_activations(
 
 
 def _releases(arguments: argparse.Namespace) -> bool:
-    """Whether few gradients are there at one time: all of them are where they are accumulated."""
-    return bool(arguments.release) and arguments.accumulation == 1
+    """Whether few gradients are there at one time: all of them are where they add up on the GPU."""
+    return bool(arguments.release) and (arguments.accumulation == 1 or arguments.accumulate_on == "host")
 
 
 def ask(
@@ -295,7 +304,9 @@ def ask(
         question.host,
         activations=activations,
         prefer=arguments.prefer,
-        gradient_release=_releases(arguments),
+        gradient_release=arguments.release,
+        accumulation=arguments.accumulation,
+        accumulate_on=arguments.accumulate_on,
     )
 
 

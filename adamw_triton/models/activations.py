@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     accumulating: bool = False
     """Gradients stay from one batch to the next."""
     released: bool = False
-    """Gradients are used up while backward runs; of no use with ``accumulating``."""
+    """Gradients are used up while backward runs, or go to the host; of no use with ``accumulating``."""
 
     @property
     def tokens(self) -> int:

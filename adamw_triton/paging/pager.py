@@ -25,7 +25,7 @@ from torch import Tensor
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.paging.device import Device, Event, Stream
 from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
-from adamw_triton.state.buffers import Page, StateBuffer
+from adamw_triton.state.buffers import Buffer, Page
 from adamw_triton.state.formats import round_up
 from adamw_triton.state.placement import CARVED, SMALLEST_BUDGET, Ring
 
@@ -78,7 +78,7 @@ class Pager:
         self._in_place_until: Event | None = None
         self._ahead: deque[tuple[Stage, Event]] = deque()
         """Stages whose pages have been fetched, and when they are there."""
-        self._reached: weakref.WeakKeyDictionary[StateBuffer, bool] = weakref.WeakKeyDictionary()
+        self._reached: weakref.WeakKeyDictionary[Buffer, bool] = weakref.WeakKeyDictionary()
 
     def __del__(self) -> None:
         if self._last is not None:  # before the first walk, nothing is fetched either
@@ -103,19 +103,22 @@ class Pager:
             self._ring = self._allocate(ring)
             self._device.inbound.wait(self._device.compute.record())  # earlier work may use that memory
 
-    def _reaches(self, buffer: StateBuffer) -> bool:
+    def _reaches(self, buffer: Buffer) -> bool:
         """Asked once: what is paged stays where it is."""
         found = self._reached.get(buffer)
         if found is None:
             found = self._reached[buffer] = all(map(self._device.reaches, buffer.arrays.values()))
         return found
 
-    def walk(self, work: Work, stop: Callable[[], bool] = never, reads: object = None) -> None:
+    def walk(
+        self, work: Work, stop: Callable[[], bool] = never, reads: object = None, *, back: bool = True
+    ) -> None:
         """Queue the updates of all pages. Any order of them would do: no two share an element.
 
         Args:
             stop: asked before each page, whether the rest need not be updated any more.
             reads: what has to be there until the updates are done.
+            back: whether copies of pages go back to the host; False where they are only looked at.
         """
         begin = self._device.compute.record()
         if self._beside:
@@ -124,7 +127,7 @@ class Pager:
             if self._transfer == ZERO_COPY:
                 self._in_place(work)
             else:
-                self._copying(work, stop)
+                self._copying(work, stop, back)
         except BaseException:
             self._device.synchronize()  # what is queued uses memory that may be freed now
             raise
@@ -178,7 +181,7 @@ class Pager:
             inbound.copy(staged[name], arrays[name])
         return stage, inbound.record()
 
-    def _copying(self, work: Work, stop: Callable[[], bool]) -> None:
+    def _copying(self, work: Work, stop: Callable[[], bool], back: bool) -> None:
         if self._in_place_until is not None:
             self._device.inbound.wait(self._in_place_until)
             self._in_place_until = None
@@ -194,7 +197,7 @@ class Pager:
             updates.wait(there)
             updates.run(partial(update, staged))
             outbound.wait(updates.record())
-            for name in arrays:
+            for name in arrays if back else ():
                 outbound.copy(arrays[name], staged[name])
             self._last = stage.left = outbound.record()
 

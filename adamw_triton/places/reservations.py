@@ -13,6 +13,7 @@ from adamw_triton.checkpoint import has_state
 from adamw_triton.places.placing import Wanted
 from adamw_triton.places.shown import park
 from adamw_triton.places.store import Store
+from adamw_triton.places.sums import Summing, Sums
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.buffers import STEPS, Scalars, State
@@ -53,11 +54,14 @@ class Reservations:
         scalars: Scalars = STEPS,
         kept_batches: int = KEPT_BATCHES,
         beside: bool = False,
+        summing: Summing | None = None,
     ) -> None:
         self._chooser = chooser
         self._most_batches = kept_batches
         self._block_size = block_size
         self.store = Store(policy, transfer, scalars=scalars, beside=beside)
+        self.sums = None if summing is None else Sums(*summing, self.store.device)
+        """Of gradients, where they add up on the host."""
         self._formats: list[tuple[Any, Any]] | None = None
         """What the groups asked for when places were given."""
         self._batches: list[_Kept] = []
@@ -77,6 +81,9 @@ class Reservations:
 
     def offload(self, groups: Groups, state: State) -> None:
         """Take state to the host, until the next step."""
+        if self.sums is not None:
+            with self.store.hold():
+                self.sums.free()
         self.settle(groups, state)
         if self._chooser.decided:
             self.store.offload(state)
@@ -122,7 +129,7 @@ class Reservations:
         have them, this is a first step, at the latest: then it is decided what places there are."""
         tables.require_eager()
         if not self._chooser.decided and not stateful_only:
-            self._chooser.decide(groups, state)
+            self._chooser.decide(groups, state, {} if self.sums is None else self.sums.to_come(groups))
             self.store.policy = self._chooser.policy
         plan, policy = self._chooser.plan, self.store.policy
         try:
@@ -145,6 +152,15 @@ class Reservations:
                 if not self._chooser.retreat():
                     raise
                 self.store.policy = self._chooser.policy
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by place, by format, and of sums."""
+        found = self.store.memory()
+        if self.sums is not None:
+            found["host"] += self.sums.nbytes
+            found["staging"] += self.sums.staging_bytes
+            found["sums"] = self.sums.nbytes
+        return found
 
     def spill(self, device: torch.device, nbytes: int, groups: Groups, state: State) -> int:
         """Take so many bytes of state off a GPU; how many it were."""

@@ -179,9 +179,9 @@ class Store:
 
     def prepare(self, work: Work) -> None:
         """All that a step needs and that can fail: staging buffers."""
-        for device, pages in _by_device(work).items():
+        for device, pages in by_device(work).items():
             if device not in self._pagers:
-                self._pagers[device] = Pager(self._device(device), self._transfer, beside=self._beside)
+                self._pagers[device] = Pager(self.device(device), self._transfer, beside=self._beside)
             paged = [(b.format, b.numel) for b in self.buffers if b.paged and b.device == device]
             self._pagers[device].prepare(pages, ring_for(paged, self._page_bytes[device]))
 
@@ -195,7 +195,7 @@ class Store:
         for page, update in work:
             if not page.buffer.paged:
                 update(page.buffer.arrays)
-        for device, pages in _by_device(work).items():
+        for device, pages in by_device(work).items():
             self._pagers[device].walk(pages, stop, reads)
 
     def join(self) -> None:
@@ -257,9 +257,10 @@ class Store:
 
     def _synchronize(self) -> None:
         for device in {buffer.device for buffer in self.buffers}:
-            self._device(device).synchronize()
+            self.device(device).synchronize()
 
-    def _device(self, device: torch.device) -> Device:
+    def device(self, device: torch.device) -> Device:
+        """What moves state, or anything else, there."""
         if device not in self._devices:
             self._devices[device] = device_for(device)
         return self._devices[device]
@@ -379,7 +380,7 @@ class Store:
             try:
                 for buffer in buffers:
                     if buffer.on_host != to_host:
-                        buffer.move(self._device(buffer.device).compute.copy, to_host=to_host)
+                        buffer.move(self.device(buffer.device).compute.copy, to_host=to_host)
                     if for_good:
                         buffer.paged = to_host
             finally:  # also if memory ran out halfway
@@ -404,7 +405,7 @@ def _shape(shape: torch.Size, is_complex: bool) -> str:
     return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
 
 
-def _by_device(work: Work) -> dict[torch.device, Work]:
+def by_device(work: Work) -> dict[torch.device, Work]:
     """The paged pages."""
     found: dict[torch.device, list[Any]] = defaultdict(list)
     for page, update in work:

@@ -26,7 +26,7 @@ from adamw_triton.selection.ranks import agree
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.selection.watch import Held, Ours, Spill, Unspill, Watch
 from adamw_triton.state.buffers import State
-from adamw_triton.state.placement import Policy, live_bytes
+from adamw_triton.state.placement import Policy, SumBytes, live_bytes
 from adamw_triton.tensors import is_trained
 
 SPILLED_AT_ONCE = 512 << 20
@@ -60,8 +60,11 @@ class Chooser(Protocol):
     @property
     def decided(self) -> bool: ...
 
-    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
-        """At the first step; ``state`` may show what was loaded."""
+    def decide(
+        self, groups: Sequence[Mapping[str, Any]], state: State, sums: Mapping[torch.device, SumBytes]
+    ) -> None:
+        """At the first step; ``state`` may show what was loaded; ``sums``: what sums of gradients on the host
+        will take yet."""
 
     def retreat(self) -> bool:
         """After what was decided ran out of memory: decide otherwise; False if there is no other way."""
@@ -92,7 +95,9 @@ class Fixed:
     def must_keep(self) -> str:
         return self.weights
 
-    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None: ...
+    def decide(
+        self, groups: Sequence[Mapping[str, Any]], state: State, sums: Mapping[torch.device, SumBytes]
+    ) -> None: ...
 
     def retreat(self) -> bool:
         return False
@@ -171,7 +176,9 @@ class Auto:
     def decided(self) -> bool:
         return self.plan is not None
 
-    def decide(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    def decide(
+        self, groups: Sequence[Mapping[str, Any]], state: State, sums: Mapping[torch.device, SumBytes]
+    ) -> None:
         trained: dict[torch.device, list[Trained]] = defaultdict(list)
         for group in groups:
             for param in group["params"]:
@@ -190,7 +197,7 @@ class Auto:
         for device in self._devices:
             live = live_bytes(t.numel * t.grad_itemsize for t in trained[device]) if self._released else 0
             limits, taken = self._limits(device, loaded[device], there, live)
-            demands.append(Demand(limits, trained[device]))
+            demands.append(Demand(limits, trained[device], sums.get(device, SumBytes())))
             host_room -= taken
         plan = select(
             demands,

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import BLOCK_SIZES, check_weights
+from adamw_triton.arguments import BLOCK_SIZES, check_accumulation, check_weights
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
-from adamw_triton.memory.units import parse_bytes
+from adamw_triton.memory.units import format_bytes, parse_bytes
 from adamw_triton.selection import rates
 from adamw_triton.selection.cards import parse_gpu
-from adamw_triton.selection.plans import Limits, Plan
+from adamw_triton.selection.plans import Limits, Plan, format_seconds
 from adamw_triton.selection.selector import Demand, Trained, select
-from adamw_triton.state.placement import live_bytes
+from adamw_triton.state.formats import as_real
+from adamw_triton.state.placement import SumBytes, live_bytes, sum_bytes
 from adamw_triton.tensors import DTYPES
 
 CONTEXT = 500 << 20
@@ -50,6 +51,9 @@ def plan(
     master_weights: bool | str = "auto",
     stochastic_rounding: bool | str = "auto",
     gradient_release: bool = False,
+    accumulation: int = 1,
+    accumulate_on: str = "gpu",
+    accumulate_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -65,8 +69,10 @@ def plan(
         prefer: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes to 8 bits.
         block_size: of the 8-bit format, as in ``AdamW``.
         master_weights, stochastic_rounding: as in ``AdamW`` with ``variant="auto"``.
-        gradient_release: as in ``AdamW``, for training without accumulation: gradients that are accumulated
-            are all there, with it or without.
+        gradient_release: as in ``AdamW``.
+        accumulation: backwards before a step. Of several, gradients are all there, with ``gradient_release``
+            or without, unless they add up on the host.
+        accumulate_on, accumulate_dtype: as in ``AdamW``.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -76,13 +82,25 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(f"Invalid accumulation: {accumulation!r}; it must be a whole number >= 1")
+    check_accumulation(accumulate_on, accumulate_dtype, gradient_release)
     tensors = list(_counted(model_or_params))
     if not tensors:
         raise ValueError("model_or_params has no parameters to plan for")
     trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
     weights = sum(tensor.nbytes for tensor, _ in tensors)
     each = [tensor.numel * tensor.grad_itemsize for tensor in trained]
-    gradients = live_bytes(each) if gradient_release else sum(each)
+    on_host = accumulation > 1 and accumulate_on == "host"
+    are_few = gradient_release and (accumulation == 1 or on_host)
+    gradients = live_bytes(each) if are_few else sum(each)
+    sums = SumBytes()
+    if on_host:
+        sums = sum_bytes(
+            (accumulate_dtype or grad_dtype or tensor.dtype.to_real(), as_real(tensor).numel())
+            for tensor, _ in tensors
+            if tensor.requires_grad
+        )
     here = sum(tensor.nbytes for tensor, _ in tensors if tensor.is_cuda)
     card = _card(gpu_memory, here)
     peak = 0 if activations is None else parse_bytes(activations, "activations")
@@ -91,18 +109,29 @@ def plan(
         ("memory", card.memory),
         ("driver and other processes", card.context),
         ("weights", weights),
-        ("gradients at one time" if gradient_release else "gradients", gradients),
+        ("gradients at one time" if are_few else "gradients", gradients),
         ("activations", peak),
         ("slack", slack),
     )
     room = card.memory - sum(count for _, count in spent[1:])
     return select(
-        [Demand(Limits(card.name, room, *card.rates, spent=spent), trained)],
+        [Demand(Limits(card.name, room, *card.rates, spent=spent), trained, sums, accumulation)],
         _host_room(host_memory),
         prefer=prefer,
         block_size=block_size,
         weights=check_weights("auto", master_weights, stochastic_rounding),
-        notes=() if activations is not None else (_NO_ACTIVATIONS,),
+        notes=(
+            *((_of_sums(sums.host, accumulation, card),) if on_host else ()),
+            *(() if activations is not None else (_NO_ACTIVATIONS,)),
+        ),
+    )
+
+
+def _of_sums(nbytes: int, accumulation: int, card: Card) -> str:
+    seconds = format_seconds(accumulation * nbytes / card.rates.link)
+    return (
+        f"Gradients of {accumulation} micro-batches add up in host memory: {format_bytes(nbytes)} of what is "
+        f"there; moving them is {seconds} of the step, most of it beside forward and backward."
     )
 
 

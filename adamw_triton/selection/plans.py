@@ -65,7 +65,7 @@ class Candidate:
     staging_bytes: int
     """The part of ``gpu_bytes`` that pages pass through."""
     host_bytes: int
-    """State in host memory."""
+    """State in host memory, and sums of gradients there."""
     seconds: float
     """Of a step, estimated from bandwidths; devices work side by side."""
     obstacle: str

@@ -16,7 +16,7 @@ from torch import Tensor
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.plans import Candidate, Limits, Plan
 from adamw_triton.state.formats import Format, as_real, format_for, matters, nbytes_of_weights
-from adamw_triton.state.placement import SMALLEST_BUDGET, Placement, pages_of, place
+from adamw_triton.state.placement import SMALLEST_BUDGET, Placement, SumBytes, pages_of, place
 
 PAGE_SECONDS = 30e-6
 """What a page costs beside its bytes: launches and events. A guess, not measured; it only tells tiny pages
@@ -88,6 +88,10 @@ class Demand(NamedTuple):
 
     limits: Limits
     tensors: Sequence[Trained]
+    sums: SumBytes = SumBytes()
+    """Of gradients, on the host."""
+    micro_batches: int = 1
+    """Of a step: as often the sums come to the GPU."""
 
 
 def select(
@@ -128,14 +132,16 @@ class _Share(NamedTuple):
     seconds: float
     limits: Limits
     weight_bytes: int
+    sums: SumBytes
 
     @property
     def gpu_bytes(self) -> int:
-        return 0 if self.limits.shared else self.placement.gpu_bytes
+        return 0 if self.limits.shared else self.placement.gpu_bytes + self.sums.staging
 
     @property
     def host_bytes(self) -> int:
-        return self.placement.host_bytes + (self.placement.gpu_bytes if self.limits.shared else 0)
+        there = self.placement.gpu_bytes + self.sums.staging if self.limits.shared else 0
+        return self.placement.host_bytes + self.sums.host + there
 
 
 def _evaluate(
@@ -157,7 +163,9 @@ def _evaluate(
         weights=weights,
         weight_bytes=sum(share.weight_bytes for share in shares),
         gpu_bytes=sum(share.gpu_bytes for share in shares),
-        staging_bytes=sum(share.placement.ring.nbytes for share in shares if share.gpu_bytes),
+        staging_bytes=sum(
+            share.placement.ring.nbytes + share.sums.staging for share in shares if share.gpu_bytes
+        ),
         host_bytes=host_bytes,
         seconds=max((share.seconds for share in shares), default=0.0),
         obstacle=obstacle,
@@ -166,22 +174,23 @@ def _evaluate(
 
 
 def _share(way: Way, demand: Demand, block_size: int, weights: str) -> _Share:
-    limits, tensors = demand
+    limits, tensors, sums, micro_batches = demand
     sizes = [(tensor.format(way.bits, block_size, weights), tensor.numel) for tensor in tensors]
     # Without any room nothing fits, and what is then tried nevertheless should have pages of some size.
     least = SMALLEST_BUDGET if limits.room > 0 else LAST_RESORT
-    budget = max(least, limits.room) if way.filled else None
+    budget = max(least, limits.room - sums.staging) if way.filled else None
     placement = place(sizes, way.paged and not limits.shared, budget)
     # Weights are read and written, gradients read, state read and written. Paged state crosses the link, both
-    # ways at once, while pages that are there are updated.
+    # ways at once, while pages that are there are updated; so do sums of gradients, in each micro-batch.
     moved = sum(t.numel * (2 * t.dtype.itemsize + t.grad_itemsize) for t in tensors)
     moved += 2 * (placement.resident_bytes + placement.host_bytes)
     pages = pages_of(
         (size for size, paged in zip(sizes, placement.paged, strict=True) if paged), placement.page_bytes
     )
-    seconds = max(moved / limits.bandwidth, placement.host_bytes / limits.link) + PAGE_SECONDS * pages
+    crossing = placement.host_bytes + micro_batches * sums.host * (not limits.shared)
+    seconds = max(moved / limits.bandwidth, crossing / limits.link) + PAGE_SECONDS * pages
     weight_bytes = sum(nbytes_of_weights(*size) for size in sizes)
-    return _Share(budget, placement, seconds, limits, weight_bytes)
+    return _Share(budget, placement, seconds, limits, weight_bytes, sums)
 
 
 def _shortage(gpu: int, host: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
-from adamw_triton.state.formats import Format, as_real, nbytes, round_up
+from adamw_triton.state.formats import Arranged, Format, as_real, nbytes, round_up
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -194,33 +194,19 @@ def _versions(slots: Sequence[Slot]) -> list[int | None]:
         return [None if slot.param.is_inference() else slot.param._version for slot in slots]
 
 
-class StateBuffer:
-    """Zeroed state of many parameters of one device and one format: ``numel`` elements for ``slots``
-    parameters. A paged one lives in pinned host memory; one that is not may wait there.
+class Buffer:
+    """Zeroed arrays of ``numel`` elements, for parameters of one device. A paged one lives in pinned host
+    memory; one that is not may wait there.
     """
 
     @lasting()
-    def __init__(
-        self,
-        state_format: Format,
-        device: torch.device,
-        numel: int,
-        slots: int,
-        *,
-        paged: bool = False,
-        scalars: Scalars = STEPS,
-    ) -> None:
-        self.format = state_format
+    def __init__(self, arranged: Arranged, device: torch.device, numel: int, *, paged: bool = False) -> None:
+        self.format = arranged
         self.device = device
         self.numel = numel
         self.paged = paged
         self.on_host = paged
         self.arrays = self._allocate()
-        self.scalars = scalars
-        # One array, so that counting is one operation.
-        where = device if scalars.on_device else torch.device("cpu")
-        self.steps = torch.zeros(slots, dtype=torch.float32, device=where)
-        self.norms = torch.full((slots,), math.inf, dtype=torch.float32, device=where)
 
     @property
     def nbytes(self) -> int:
@@ -254,10 +240,34 @@ class StateBuffer:
         }
 
 
+class StateBuffer(Buffer):
+    """State of many parameters of one format, and what is kept as one number of each of ``slots``."""
+
+    format: Format
+
+    @lasting()
+    def __init__(
+        self,
+        state_format: Format,
+        device: torch.device,
+        numel: int,
+        slots: int,
+        *,
+        paged: bool = False,
+        scalars: Scalars = STEPS,
+    ) -> None:
+        super().__init__(state_format, device, numel, paged=paged)
+        self.scalars = scalars
+        # One array, so that counting is one operation.
+        where = device if scalars.on_device else torch.device("cpu")
+        self.steps = torch.zeros(slots, dtype=torch.float32, device=where)
+        self.norms = torch.full((slots,), math.inf, dtype=torch.float32, device=where)
+
+
 class Page(NamedTuple):
     """A range of a buffer's elements; both ends are multiples of the format's alignment."""
 
-    buffer: StateBuffer
+    buffer: Buffer
     start: int
     stop: int
 

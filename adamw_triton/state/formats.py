@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,30 @@ class Array:
     name: str
     dtype: torch.dtype
     per: int = 1
+
+
+class Arranged(Protocol):
+    """What a buffer asks of a format."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]: ...
+
+    @property
+    def alignment(self) -> int:
+        """Elements; where a parameter's range may begin."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """No state: what the gradients of micro-batches add up to, in the dtype that they are added in."""
+
+    dtype: torch.dtype
+
+    alignment = 64  # 128 bytes of 16 bits each: a GPU's cache line
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (Array("grad_sum", self.dtype),)
 
 
 KEPT = {REMAINDER: Array(REMAINDER, torch.int16), MASTER: Array(MASTER, torch.float32)}
@@ -138,7 +163,7 @@ def kept_arrays(weights: str) -> tuple[Array, ...]:
     return (KEPT[weights],) if weights in KEPT else ()
 
 
-def nbytes(state_format: Format, numel: int) -> int:
+def nbytes(state_format: Arranged, numel: int) -> int:
     """Bytes of state for ``numel`` elements, rounded up to the format's alignment."""
     return _nbytes(state_format.arrays, round_up(numel, state_format.alignment))
 

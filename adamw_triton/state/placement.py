@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from adamw_triton.memory.units import format_bytes
-from adamw_triton.state.formats import Format, nbytes, round_up
+from adamw_triton.state.formats import Arranged, Format, Sum, nbytes, round_up
 
 PAGE_BYTES = 32 << 20
 """Of one page at most: over half a millisecond on any link so far, beside which the host's work on a page
@@ -110,7 +110,7 @@ def place(
     )
 
 
-def page_elements(state_format: Format, page_bytes: int) -> int:
+def page_elements(state_format: Arranged, page_bytes: int) -> int:
     """Elements of a page that takes at most ``page_bytes`` of a staging buffer, if one block does."""
     carving = CARVED * len(state_format.arrays)
     blocks = (page_bytes - carving) // nbytes(state_format, state_format.alignment)
@@ -118,7 +118,7 @@ def page_elements(state_format: Format, page_bytes: int) -> int:
     return elements // GRAIN * GRAIN if elements > GRAIN else elements
 
 
-def ring_for(buffers: Iterable[tuple[Format, int]], page_bytes: int) -> Ring:
+def ring_for(buffers: Iterable[tuple[Arranged, int]], page_bytes: int) -> Ring:
     """The ring for paged buffers, each of a format and a number of elements."""
     buffers = list(buffers)
     staged = (staged_bytes(f, min(page_elements(f, page_bytes), numel)) for f, numel in buffers)
@@ -135,12 +135,12 @@ def largest_ring() -> int:
     return STAGES * PAGE_BYTES
 
 
-def pages_of(buffers: Iterable[tuple[Format, int]], page_bytes: int) -> int:
+def pages_of(buffers: Iterable[tuple[Arranged, int]], page_bytes: int) -> int:
     """How many pages paged buffers have, each of a format and a number of elements."""
     return sum(-(-numel // page_elements(state_format, page_bytes)) for state_format, numel in buffers)
 
 
-def staged_bytes(state_format: Format, elements: int) -> int:
+def staged_bytes(state_format: Arranged, elements: int) -> int:
     """What a page of so many elements takes in a staging buffer."""
     return sum(
         round_up(elements // array.per * array.dtype.itemsize, CARVED) for array in state_format.arrays
@@ -158,6 +158,30 @@ def check_budget(budget: int) -> None:
             f"memory_budget of {format_bytes(budget)} is too small: paging needs a ring of {STAGES} pages of "
             f"at least {format_bytes(SMALLEST_PAGE)}, {format_bytes(SMALLEST_BUDGET)} in all"
         )
+
+
+class SumBytes(NamedTuple):
+    """What sums of gradients in host memory take."""
+
+    host: int = 0
+    staging: int = 0
+
+
+def sum_bytes(sizes: Iterable[tuple[torch.dtype, int]], page_bytes: int | None = None) -> SumBytes:
+    """Of one device's parameters, each with the dtype of its sum and a number of elements; ``page_bytes``:
+    None where there is no need to save."""
+    totals: dict[Arranged, int] = {}
+    for dtype, numel in sizes:
+        form = Sum(dtype)
+        totals[form] = totals.get(form, 0) + round_up(numel, form.alignment)
+    ring = ring_for(totals.items(), PAGE_BYTES if page_bytes is None else page_bytes)
+    return SumBytes(sum(nbytes(form, numel) for form, numel in totals.items()), ring.nbytes)
+
+
+def sum_page(budget: int | None) -> int:
+    """Bytes of a page of sums where state, staging and these may take ``budget`` of a GPU: half of it at most
+    for three of them."""
+    return PAGE_BYTES if budget is None else min(PAGE_BYTES, budget // (2 * STAGES))
 
 
 def live_bytes(gradients: Iterable[int], bucket: int = BUCKET_BYTES) -> int:

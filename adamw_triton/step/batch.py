@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from adamw_triton.paging.pager import Arrays, Work
-from adamw_triton.state.buffers import Page, Slot, StateBuffer, overwritten, remember
+from adamw_triton.state.buffers import Buffer, Page, Slot, StateBuffer, overwritten, remember
 from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
@@ -52,9 +52,8 @@ def _is_in_order(item: Item) -> bool:
     )
 
 
-def _in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """What an update reads and writes instead: dense and real, in the slot's memory order; a copy where the
-    tensor itself is not so."""
+def in_memory_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor as real numbers, with these strides: a copy if it is not so."""
     return _with_strides(as_real(_there(tensor)).resolve_neg(), strides)
 
 
@@ -173,8 +172,8 @@ class Batch:
         self._gradients = Gradients(self.slots)
         self._launches: list[tuple[Page, list[Launch]]] = []
         for buffer, positions in of_buffer.items():
-            for page, pieces in _cut(buffer, positions, self.slots, page_elements(buffer)):
-                self._launches.append((page, _launches(page, pieces, items, self._gradients.places)))
+            for page, pieces in cut(buffer, positions, self.slots, page_elements(buffer)):
+                self._launches.append((page, _launches(buffer, page, pieces, items, self._gradients.places)))
 
     @property
     def pages(self) -> list[Page]:
@@ -189,7 +188,7 @@ class Batch:
         params, grads = list(stepped.params), list(stepped.grads)
         for position in self._disordered:
             for tensors in (params, grads):
-                tensors[position] = _in_order(tensors[position], self.slots[position].strides)
+                tensors[position] = in_memory_order(tensors[position], self.slots[position].strides)
         return Tensors(params, grads)
 
     @property
@@ -245,10 +244,20 @@ def _ones_at(steps: Tensor, slots: Sequence[int]) -> Tensor:
     return send(ones, steps.device)
 
 
-def _cut(
-    buffer: StateBuffer, positions: Sequence[int], slots: Sequence[Slot], size: int
+class Range(Protocol):
+    """Of a buffer: what is a parameter's there."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def numel(self) -> int: ...
+
+
+def cut(
+    buffer: Buffer, positions: Sequence[int], slots: Sequence[Range], size: int
 ) -> Iterator[tuple[Page, list[Piece]]]:
-    """The pages on which these parameters have state, in order; of those that travel, what is needed."""
+    """The pages on which these parameters have something, in order; of those that travel, what is needed."""
     pages: dict[int, list[Piece]] = defaultdict(list)
     for position in sorted(positions, key=lambda position: slots[position].start):
         slot = slots[position]
@@ -270,10 +279,9 @@ def _cut(
 
 
 def _launches(
-    page: Page, pieces: Sequence[Piece], items: Sequence[Item], places: Sequence[int]
+    buffer: StateBuffer, page: Page, pieces: Sequence[Piece], items: Sequence[Item], places: Sequence[int]
 ) -> list[Launch]:
     """One for each pair of dtypes. ``places``: of each gradient among those of its device."""
-    buffer = page.buffer
     of_pair: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
     for piece in pieces:
         item = items[piece.position]

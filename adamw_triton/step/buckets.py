@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,12 +43,29 @@ class Buckets:
         self._waiting.clear()
         return found
 
+    def drop(self) -> None:
+        """What has arrived and waits is not to be stepped, and will arrive again: or its bucket would be full
+        too early."""
+        self._waiting.clear()
+
     def _take(self, waiting: dict[int, dict[int, Tensor]], number: int) -> list[Tensor]:
         bucket = waiting.pop(number)
         if number == _UNKNOWN:
             self._bucket_of |= dict.fromkeys(bucket, len(self._members))
             self._members.append(set(bucket))
         return list(bucket.values())
+
+
+def shared_out(params: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
+    """Parameters in buckets of about so many bytes, in this order."""
+    bucket: dict[int, Tensor] = {}
+    for param in params:
+        bucket[id(param)] = param
+        if _nbytes(bucket) >= nbytes:
+            yield list(bucket.values())
+            bucket = {}
+    if bucket:
+        yield list(bucket.values())
 
 
 _UNKNOWN = -1

@@ -6,6 +6,10 @@ of parameters: ``update``. ``step()`` closes the step: what is left over is upda
 
 Weights are therefore a step ahead before ``step()`` is called, some of them before others. A second backward
 cannot add to what has been used up, and one that fails leaves a step half done: both are said by name.
+
+In backwards that are not the last before a step, gradients stay where they are; or a bucket of them is added
+to sums elsewhere (``Adding``) and freed. What has arrived and waits for its bucket is added at such a
+backward's end: were it still there in the next one, autograd would add to it first, and round otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adamw_triton.state import placement
-from adamw_triton.step.buckets import Buckets
+from adamw_triton.step.buckets import Buckets, shared_out
 
 _REMEMBERED = 1024
 """Buckets of which it is known what came next."""
@@ -33,16 +37,35 @@ Update = Callable[[Sequence[Tensor], bool, Sequence[Tensor]], None]
 time."""
 
 
+class Adding(NamedTuple):
+    """Where gradients add up that are not to stay."""
+
+    add: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    """A bound method: adds the gradients of parameters to their sums and drops them; and those that came next
+    the last time."""
+    held: dict[int, Tensor]
+    """Parameters that have a sum, by id, which ``update`` uses up. What is taken out begins anew."""
+
+
 class Release:
     """Args, which are bound methods and held weakly:
     update: updates these parameters by their gradients; that may still be under way afterwards.
     join: what is queued next on the current stream happens after all updates.
     name: what a message calls a parameter.
+    adding: None: gradients of several backwards add up where they are.
     """
 
-    def __init__(self, update: Update, join: Callable[[], None], name: Callable[[Tensor], str]) -> None:
+    def __init__(
+        self,
+        update: Update,
+        join: Callable[[], None],
+        name: Callable[[Tensor], str],
+        adding: Adding | None = None,
+    ) -> None:
         self._update = weakref.WeakMethod(update)
         self._join = weakref.WeakMethod(join)
+        self._add = None if adding is None else weakref.WeakMethod(adding.add)
+        self._held = {} if adding is None else adding.held
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
         self._heard = WeakIdKeyDictionary()
@@ -53,8 +76,9 @@ class Release:
         self._last: frozenset[int] = frozenset()
         self._ahead: set[int] = set()
         """Ids of parameters that have been stepped since the last ``close``."""
-        self._running: set[int] = set()
-        """Backwards that have not come to their end, by the engine's number."""
+        self._running: dict[int, Callable[[], _End | None]] = {}
+        """Backwards that have not come to their end, by the engine's number, and what it will call there: it
+        drops that when one fails."""
         self._accumulating = 0
         self._lock = threading.RLock()  # each device has a thread of autograd's
 
@@ -83,26 +107,52 @@ class Release:
     @_disable_dynamo
     def arrived(self, param: Tensor) -> None:
         """The gradient of a parameter is final in this backward."""
-        if self._accumulating or not _syncs():
+        is_last = not self._accumulating and _syncs()
+        if not is_last and self._add is None:
             return
         with self._lock:
             if id(param) in self._ahead:
                 raise RuntimeError(self._twice(param))
             _check_alone()
-            self._note_backward()
+            self._note_backward(is_last)
             for bucket in self._buckets.arrived(param):
-                self._step(bucket)
+                self._step(bucket) if is_last else self._accumulate(bucket)
+
+    @_disable_dynamo
+    def ended(self, task: int, is_last: bool) -> None:
+        """A backward has come to its end; those within it, of reentrant checkpoints, before it. From now on
+        the weights may be read on its streams."""
+        with self._lock:
+            self._joined()
+            try:
+                if not is_last and self._alive() == {task}:
+                    for bucket in self._buckets.rest():
+                        self._accumulate(bucket)
+                    self._last = frozenset()
+            except BaseException:
+                self._running[task] = _gone  # whatever keeps the error keeps what autograd has called
+                raise
+            self._running.pop(task, None)
+
+    @_disable_dynamo
+    def drop_sums(self) -> None:
+        """Have them begin anew: gradients have been dropped."""
+        with self._lock:
+            self._held.clear()
+            self._buckets.drop()
+            if not self._ahead:
+                self._running.clear()
 
     def close(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Step what is left over: there are no gradients any more.
+        """Step what is left over: there are no gradients any more, and no sums.
 
         Raises:
-            RuntimeError: backward has failed, with some parameters stepped already; or what was stepped has a
-                gradient again.
+            RuntimeError: backward has failed, with some parameters stepped already or some gradients in their
+                sums; or what was stepped has a gradient again.
         """
         with self._lock:
             self._joined()  # whatever comes of it, the weights may be read
-            if self._ahead and self._running:
+            if self._running and (self._ahead or self._held):
                 raise RuntimeError(self._failed())
             params = [param for group in groups for param in group["params"]]
             left = [param for param in params if param.grad is not None]
@@ -114,6 +164,9 @@ class Release:
                     "optimizer with gradient_release=False, or the model without DDP"
                 )
             self._step(left)
+            summed = [param for param in params if id(param) in self._held]
+            for bucket in shared_out(summed, placement.BUCKET_BYTES):
+                self._step(bucket)
             self._joined()
             self.begin()
             self.watch(groups)
@@ -133,39 +186,59 @@ class Release:
         """Another step, whatever became of the last one."""
         self._buckets.rest()
         self._ahead.clear()
+        self._held.clear()
         self._last = frozenset()
         self._running.clear()
         self._accumulating = 0
 
     def _step(self, params: Sequence[Tensor]) -> None:
         update = self._update()
-        params = [param for param in params if param.grad is not None]  # others may have dropped them since
+        # Others may have dropped gradients since.
+        params = [param for param in params if param.grad is not None or id(param) in self._held]
         if update is None or not params:
             return
+        following = self._note_order(params)
+        with torch.no_grad():
+            update(params, not self._ahead, following)
+        for param in params:
+            param.grad = None
+        self._ahead.update(map(id, params))
+
+    def _accumulate(self, params: Sequence[Tensor]) -> None:
+        add = None if self._add is None else self._add()
+        params = [param for param in params if param.grad is not None]
+        if add is None or not params:
+            return
+        with torch.no_grad():
+            add(params, self._note_order(params))
+
+    def _note_order(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What came after these the last time."""
         these = frozenset(map(id, params))
         if len(self._next) > _REMEMBERED:  # where they come in another order every time
             self._next.clear()
         self._next[self._last] = params
         self._last = these
-        with torch.no_grad():
-            update(params, not self._ahead, self._next.get(these, ()))
-        for param in params:
-            param.grad = None
-        self._ahead |= these
+        return self._next.get(these, ())
 
-    def _note_backward(self) -> None:
+    def _note_backward(self, is_last: bool) -> None:
         task: int = torch._C._current_graph_task_id()
-        if task not in self._running:
-            if not self._ahead:  # whatever has failed before, nothing came of it
-                self._running.clear()
-            self._running.add(task)
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: self._ended(task))
+        if task in self._running:
+            return
+        if failed := self._running.keys() - self._alive():
+            if self._ahead or self._held:
+                raise RuntimeError(self._failed())
+            self._buckets.drop()
+            for each in failed:  # nothing came of them
+                del self._running[each]
+        end = _End(self, task, is_last)
+        self._running[task] = weakref.ref(end)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(end)
 
-    def _ended(self, task: int) -> None:
-        """A backward has come to its end, on whose streams the weights may be read from now on."""
-        self._running.discard(task)
-        self._joined()
+    def _alive(self) -> set[int]:
+        """Backwards that run: this one, and those that it runs within."""
+        return {task for task, end in self._running.items() if end() is not None}
 
     def _joined(self) -> None:
         join = self._join()
@@ -173,7 +246,7 @@ class Release:
             join()
 
     def _twice(self, param: Tensor) -> str:
-        if self._running - {torch._C._current_graph_task_id()}:
+        if self._running.keys() - {torch._C._current_graph_task_id()}:
             return self._failed()
         return (
             f"gradient_release: {self._called(param)} has got a second gradient before step(), and the first "
@@ -187,11 +260,34 @@ class Release:
         return "a parameter" if name is None else name(param)
 
     def _failed(self) -> str:
+        if not self._ahead:
+            return (
+                "gradient_release: a backward has failed while gradients add up in host memory (those of "
+                f"{len(self._held)} parameters): of its own some may be in the sums, and some not. Begin the "
+                "step anew by optimizer.zero_grad(), which drops the sums"
+            )
         return (
             f"gradient_release: a backward has failed after {len(self._ahead)} of {len(self._hooks)} "
             "parameters were stepped, which are a step ahead of the others. Load a checkpoint of the model "
             "and of the optimizer; or go on as it is, by optimizer.abandon_step()"
         )
+
+
+class _End:
+    """What autograd calls at the end of a backward."""
+
+    def __init__(self, release: Release, task: int, is_last: bool) -> None:
+        self._release = weakref.ref(release)
+        self._task, self._is_last = task, is_last
+
+    def __call__(self) -> None:
+        release = self._release()
+        if release is not None:
+            release.ended(self._task, self._is_last)
+
+
+def _gone() -> None:
+    """In place of a reference to what autograd has dropped."""
 
 
 class _Hook:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -84,7 +85,12 @@ def test_all_options_reach_the_selector(asked: Asked) -> None:
     line = "--gpu 24GiB --host-memory 32GiB --dtype fp32 --activations 3GiB --prefer exact --release"
     assert run(f"{CONFIGS}/Llama-2-7B {line}") == 0
     assert (asked.gpu, asked.host) == (24 * GIB, 32 * GIB)
-    assert asked.more == {"activations": 3 * GIB, "prefer": "exact", "gradient_release": True}
+    assert asked.more == {
+        "activations": 3 * GIB, "prefer": "exact", "gradient_release": True,
+        "accumulation": 1, "accumulate_on": "gpu",
+    }  # fmt: skip
+    assert run(f"{CONFIGS}/Llama-2-7B {line} --accumulation 4 --accumulate-on host") == 0
+    assert (asked.more["accumulation"], asked.more["accumulate_on"]) == (4, "host")
     assert {param.dtype for param in asked.params} == {torch.float32}
 
 
@@ -235,6 +241,8 @@ REFUSED = {
     "--params 7e9 --gpu T4 --lora 0": "--lora must be 1 to 65,536, not 0",
     "--params 7e9 --gpu T4 --lora=-8": "--lora must be 1 to 65,536, not -8",
     "--params 7e9 --gpu T4 --accumulation 0": "--accumulation must be 1 to",
+    "--params 7e9 --gpu T4 --accumulate-on disk": "--accumulate-on must be gpu or host, not 'disk'",
+    "--params 7e9 --gpu T4 --accumulate-on host": "--accumulate-on host needs --release",
     "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
     "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
     "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",
@@ -324,6 +332,13 @@ def test_release_lets_7b_be_trained_on_24_gb(capsys: pytest.CaptureFixture[str])
     assert "16-bit weights are kept exactly" in said
     assert run(f"{line} --release --accumulation 8") == 1
     assert "gradients: accumulated, and so all there until the last backward" in capsys.readouterr().out
+    line = f"{CONFIGS}/Mistral-7B-v0.3 --gpu 4090 --host-memory 48GiB --release --accumulation 8"
+    assert run(f"{line} --accumulate-on host") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "384.0 MiB gradients at one time" in said
+    assert "16-bit weights are kept exactly" in said
+    assert "Gradients of 8 micro-batches add up in host memory: 13.5 GiB" in said
+    assert "all there" not in said
 
 
 def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,4 +361,14 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
     weights, gradients, activations, state, host = [f"{count / GIB:.1f} GiB" for count in told]
     said = f"{weights} of weights, {gradients} of gradients, {activations} of activations, "
     said += f"{state} of state and staging; {host} of state in host"
-    assert said in " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert said in readme
+    line = f"{tmp_path} --gpu 4090 --host-memory 48GiB --release --accumulation 8 --accumulate-on host --json"
+    assert run(line) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
+    assert more["weights"] == "exact"
+    moving = re.search(r"(\d.*) of what is there; moving them is (\d.*) of the step", plan["notes"][0])
+    assert moving is not None
+    assert f"{more['host_bytes'] / GIB:.1f} GiB of host memory in all" in readme
+    assert f"{moving[1].split()[-2]} GiB of sums, which take {moving[2]} of each step to move" in readme

@@ -85,3 +85,49 @@ def test_the_trainers_own_limit_gets_one_warning(tmp_path: Path) -> None:
     said = [str(each.message) for each in seen if "max_grad_norm" in str(each.message)]
     assert len(said) == 1
     assert "clips nothing: with gradient_release=true no gradient is left" in said[0]
+
+
+HOST = "master_weights=true,gradient_release=true,accumulate_on=host"
+
+
+def test_micro_batches_that_add_up_on_the_host(tmp_path: Path) -> None:
+    """As those of a run without release, and of one that goes on after a checkpoint."""
+    plain = trained(tmp_path / "plain", EXACT)
+    params: list[torch.nn.Parameter] = []
+    alive: list[int] = []
+
+    def note(_: torch.Tensor) -> None:
+        alive.append(sum(p.grad.nbytes for p in params if p.grad is not None))
+
+    run = trainer(
+        arguments(
+            tmp_path / "host", "paged_adamw_triton_8bit", max_grad_norm=0, optim_args=HOST,
+            gradient_accumulation_steps=4, save_strategy="steps", save_steps=3,
+        ),
+        llama(dtype=torch.bfloat16, tie_word_embeddings=True),
+        callbacks=[ReportCallback()],
+    )  # fmt: skip
+    run.create_optimizer()
+    params += run.model.parameters()
+    for param in params:
+        param.register_post_accumulate_grad_hook(note)
+    run.train()
+    assert bits(plain.model) == bits(run.model)
+    assert losses(plain) == losses(run)
+    assert max(alive) <= 2 * BUCKET + max(p.nbytes for p in params)
+    assert sum(p.nbytes for p in params) > 1.5 * max(alive)
+    assert optimizer_of(run).memory()["sums"] >= sum(p.nbytes for p in params)
+    resumed = trained(tmp_path / "again", HOST, resume=str(tmp_path / "host" / "checkpoint-3"))
+    assert bits(resumed.model) == bits(run.model)
+
+
+def test_sums_of_fp32(tmp_path: Path) -> None:
+    """Other bits than those that are rounded in each addition."""
+    runs = [
+        trained(tmp_path / str(n), f"{HOST}{more}")
+        for n, more in enumerate(("", ",accumulate_dtype=float32"))
+    ]
+    sums = [optimizer_of(run).memory()["sums"] for run in runs]
+    assert sums[1] == 2 * sums[0]
+    assert bits(runs[0].model) != bits(runs[1].model)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0.02)

@@ -260,18 +260,38 @@ def test_a_backward_that_failed_before_anything_was_stepped_may_be_tried_again()
     assert {int(entry["step"]) for entry in optimizer.state.values()} == {4}
 
 
-def test_what_was_dropped_while_it_waited_is_not_stepped() -> None:
+@pytest.mark.parametrize("to_none", [True, False])
+def test_what_was_dropped_while_it_waited_is_not_stepped(to_none: bool) -> None:
     """And has its place in the next backward."""
     model, optimizer = tower()
     for step in range(4):
         if step > 1:
             model[0].weight.pow(2).sum().backward()
             model[5].bias.sum().backward()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=to_none)
         model(torch.ones(2, 100)).sum().backward()
         optimizer.step()
         assert all(p.grad is None for p in model.parameters())
     assert {int(entry["step"]) for entry in optimizer.state.values()} <= {4, 6}
+
+
+def test_a_backward_that_failed_may_be_tried_again_on_what_it_left() -> None:
+    """Nobody has dropped the gradients that wait: the next ones are added to them, and none is stepped before
+    it is final."""
+    model, optimizer = tower()
+    x = torch.ones(2, 100)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    final = []
+    optimizer._release._step = lambda params: final.append(len(params))  # type: ignore[union-attr, method-assign]
+    hook = model[5].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    hook.remove()
+    assert final == []
+    model[5].weight.pow(2).sum().backward()
+    assert final == []
 
 
 def test_gradients_that_are_put_back_are_refused(tmp_path: Path) -> None:

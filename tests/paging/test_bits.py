@@ -214,9 +214,9 @@ def test_pages_without_gradients_are_not_moved(monkeypatch: pytest.MonkeyPatch) 
         optimizer.step()
         walk = next(iter(optimizer._store._pagers.values()))._copying
 
-        def watched(work: Any, stop: Any) -> Any:
+        def watched(work: Any, *how: Any) -> Any:
             moved.extend(page.start // 4096 for page, _ in work)
-            return walk(work, stop)
+            return walk(work, *how)
 
         monkeypatch.setattr(next(iter(optimizer._store._pagers.values())), "_copying", watched)
         for index in (0, 3, 4):

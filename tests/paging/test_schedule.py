@@ -28,7 +28,7 @@ ORDERS = 1000
 class Situation:
     """Some steps of a pager. ``steps`` are the pages that each moves; ``rings`` the stages it asks for, of
     which one is a page longer than needed where it is negative; ``ahead`` what is fetched before each: the
-    pages that it will begin with, or others."""
+    pages that it will begin with, or others; ``looks`` the steps whose pages do not go back."""
 
     format: Format
     pages: int
@@ -36,28 +36,38 @@ class Situation:
     rings: tuple[int, ...]
     transfer: str
     ahead: tuple[tuple[int, ...], ...] = ()
+    looks: tuple[int, ...] = ()
 
     def run(self, device: SimulatedDevice) -> list[bytes]:
-        """The state afterwards, as a host that finished waiting finds it."""
+        """The state afterwards, as a host that finished waiting finds it; and what was looked at."""
         buffer = self.buffer()
+        seen: list[bytes] = []
         pager = Pager(device, self.transfer)
         for number, (step, stages) in enumerate(zip(self.steps, self.rings, strict=True)):
-            work = [(page, functools.partial(update, number, page)) for page in self.cut(buffer, step)]
+            is_look = number in self.looks
+            work = [
+                (page, functools.partial(look, seen) if is_look else functools.partial(update, number, page))
+                for page in self.cut(buffer, step)
+            ]
             stage = staged_bytes(self.format, self.page_elements * (2 if stages < 0 else 1))
             pager.prepare(work, Ring(stage, abs(stages)))
-            pager.walk(work)
+            pager.walk(work, back=not is_look)
             if number < len(self.ahead):
                 pager.fetch(self.cut(buffer, self.ahead[number]))
         pager.finish()
-        return found(buffer)
+        return found(buffer) + seen
 
     def sequential(self) -> list[bytes]:
         """The state after the same steps without any paging."""
         buffer = self.buffer()
+        seen: list[bytes] = []
         for number, step in enumerate(self.steps):
             for page in self.cut(buffer, step):
-                update(number, page, page.arrays())
-        return found(buffer)
+                if number in self.looks:
+                    look(seen, {name: array.clone() for name, array in page.arrays().items()})
+                else:
+                    update(number, page, page.arrays())
+        return found(buffer) + seen
 
     @property
     def page_elements(self) -> int:
@@ -80,6 +90,13 @@ def update(step: int, page: Page, arrays: Arrays) -> None:
     """An update that shows if it is given another page's state, or another step's, or runs twice."""
     for array in arrays.values():
         array.copy_(bits(array) * 3 + 7 * step + page.start + 1 & 0x3F)
+
+
+def look(seen: list[bytes], arrays: Arrays) -> None:
+    """Uses the staging buffer for something of its own, too."""
+    for array in arrays.values():
+        seen.append(array.view(torch.uint8).numpy().tobytes())
+        array.fill_(77)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -162,6 +179,7 @@ class Beside(Situation):
 
 
 BUCKETS = shuffled(steps(7, 5, 7), 0)
+SOME = steps(5, 4, 8)
 SITUATIONS = {
     "copies, three stages": Situation(Float32(), 7, steps(7, 3, 0), (3, 3, 3), "copy"),
     "copies, two stages": Situation(Float32(), 5, steps(5, 3, 1), (2, 2, 2), "copy"),
@@ -177,6 +195,7 @@ SITUATIONS = {
     "fetched where it then is updated in place": Situation(
         Float32(), 7, (*BUCKETS, *BUCKETS), (3,) * 10, "auto", (*BUCKETS[1:], *BUCKETS[:4])
     ),
+    "only looked at": Situation(Float32(), 5, SOME, (3,) * 4, "copy", SOME[1:], looks=(1, 2)),
     "fetched, and given up": Freed(Float32(), 3, (), (), "copy"),
     "beside a backward": Beside(Float32(), 7, BUCKETS, (3,) * 5, "copy"),
     "beside a backward, fetched ahead": Beside(Blockwise8(), 7, BUCKETS, (3,) * 5, "copy", BUCKETS[1:]),

@@ -19,7 +19,7 @@ from adamw_triton.cli import main
 from adamw_triton.selection import auto, planning
 from adamw_triton.selection.cards import find_card
 from adamw_triton.selection.plans import Plan
-from adamw_triton.state.placement import BUCKET_BYTES
+from adamw_triton.state.placement import BUCKET_BYTES, largest_ring
 
 MiB, GiB = 1 << 20, 1 << 30
 MEMORY: dict[str, Any] = {"gpu_memory": "16GiB", "host_memory": "32GiB", "activations": 0}
@@ -87,6 +87,43 @@ def test_released_gradients_are_few_at_one_time() -> None:
     assert released["gradients at one time"] == 2 * BUCKET_BYTES + 2 * 10**8
     few = spent(adamw_triton.plan(params[1:2], **MEMORY, gradient_release=True))
     assert few["gradients at one time"] == 2 * 10**6
+
+
+def test_gradients_that_add_up_on_the_host() -> None:
+    """Few are on the GPU; the host has their sums, and the link moves them in each micro-batch."""
+    params = [Parameter(torch.empty(n, dtype=torch.bfloat16, device="meta")) for n in (10**8, 10**6, 65)]
+    memory: dict[str, Any] = {"gpu_memory": "4090", "host_memory": "64GiB", "gradient_release": True}
+    numel = 10**8 + 10**6 + 128
+    without = adamw_triton.plan(params, **memory)
+    for dtype, itemsize in ((None, 2), (torch.float32, 4)):
+        how: dict[str, Any] = {"accumulate_on": "host", "accumulate_dtype": dtype}
+        found = adamw_triton.plan(params, **memory, accumulation=8, **how)
+        assert spent(found)["gradients at one time"] == spent(without)["gradients at one time"]
+        for one, other in zip(found.candidates, without.candidates, strict=True):
+            assert one.host_bytes - other.host_bytes == itemsize * numel
+            assert 0.999 * largest_ring() < one.staging_bytes - other.staging_bytes <= largest_ring()
+        link = found.limits[0].link
+        paged = [plan.candidates[3] for plan in (found, without)]
+        assert paged[0].seconds - paged[1].seconds == pytest.approx(8 * itemsize * numel / link)
+        assert "Gradients of 8 micro-batches add up in host memory: " in str(found)
+        assert adamw_triton.plan(params, **memory, accumulation=1, **how) == without
+    on_gpu = adamw_triton.plan(params, **memory, accumulation=8)
+    assert spent(on_gpu)["gradients"] == 2 * (10**8 + 10**6 + 65)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accumulation": 0}, "Invalid accumulation: 0"),
+        ({"accumulation": True}, "Invalid accumulation: True"),
+        ({"accumulate_on": "host"}, "needs gradient_release=True"),
+        ({"accumulate_on": "disk"}, "Invalid accumulate_on: 'disk'"),
+        ({"accumulate_dtype": torch.float32}, "needs accumulate_on='host'"),
+    ],
+)
+def test_accumulation_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adamw_triton.plan([Parameter(torch.empty(10, device="meta"))], **MEMORY, **arguments)
 
 
 def test_gradients_of_another_dtype() -> None:
