@@ -351,6 +351,8 @@ class AdamW(torch.optim.Optimizer):
     def _join(self) -> None:
         """At the end of a backward, whose stream goes on with the weights."""
         self._store.join()
+        if self._places.sums is not None:
+            self._places.sums.join()
 
     def _added(self, params: Sequence[Tensor], following: Sequence[Tensor]) -> None:
         """Add the gradients of these to their sums on the host."""

@@ -37,6 +37,12 @@ def planned(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def candidate(plan: dict[str, Any], name: str | None) -> dict[str, Any] | None:
+    """The first of that name that fits: with exact weights, if there is one."""
+    named = (each for each in plan["candidates"] if each["name"] == name and each["fits"])
+    return next(named, None)
+
+
 def balloon(leave: int) -> int:
     """Take all of the GPU's memory but so much, until the process ends; how much it is."""
     torch.cuda.empty_cache()
@@ -103,7 +109,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    chosen = next(each for each in plan["candidates"] if each["name"] == (given["variant"] or plan["chosen"]))
+    chosen = candidate(plan, given["variant"] or plan["chosen"])
+    assert chosen is not None
     own = optimizer.plan
     return {
         "parameters": sum(param.numel() for param in model.parameters()),

@@ -247,10 +247,12 @@ def load(folder: Path) -> dict[str, Any]:
 def finish(folder: Path, ended: Mapping[str, str], command: str) -> int:
     """Judge what is in a folder, show and save: 0 if all goals are met, 1 if one is missed, 2 if one is not
     measured."""
-    judged = judge(load(folder), ended)
+    results = load(folder)
+    judged = judge(results, ended)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = report.environment("goals", [], 0, device) | {"command": command}
-    shown = table(judged, run["gpu"] or f"a machine without a GPU ({run['cpu']})")
+    measured_on = {each["run"]["gpu"] for each in results.values()} - {None}
+    shown = table(judged, ", ".join(sorted(measured_on)) or f"a machine without a GPU ({run['cpu']})")
     report.show(shown, report.console())
     data = {"goals": [one.record() for one in judged], "ended": dict(ended)}
     report.save(folder, "goals", run, [shown], data)

@@ -171,11 +171,17 @@ class Sums:
         self._prepare(work)
         with commit():
             self._walk(work, back=False)
+            self.join()  # whoever comes next reads these gradients, and on any stream
             for param, total in zip(params, totals, strict=True):
                 del self.held[id(param)]
                 if param.grad is None or param.grad.data_ptr() != total.data_ptr():
                     param.grad = torch.view_as_complex(total) if param.is_complex() else total
         self._fetch([param for param in following if id(param) in self.held])
+
+    def join(self) -> None:
+        """What comes next on the current streams happens after all additions."""
+        for pager in self._pagers.values():
+            pager.join()
 
     def free(self) -> None:
         """Hand back the staging buffers."""
@@ -284,7 +290,7 @@ class Sums:
     def _prepare(self, work: Work) -> None:
         for device, pages in by_device(work).items():
             if device not in self._pagers:
-                self._pagers[device] = Pager(self._device(device), COPY)
+                self._pagers[device] = Pager(self._device(device), COPY, beside=True)
             there = [(b.format, b.numel) for b in self._buffers if b.device == device]
             self._pagers[device].prepare(pages, ring_for(there, self._page_bytes))
 

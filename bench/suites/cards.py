@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import suite
-from bench.finetuning import GIB, planned
+from bench.finetuning import GIB, candidate, planned
 from bench.report import RESULTS, Cell, Table
 from bench.suites.limit import LLAMA_3B, LLAMA_8B
 
@@ -42,6 +42,9 @@ STATE = {TORCH: (4.0, 0.0), PAGED: (0.0, 2.03)}
 """Bytes a parameter on the GPU, and on the host."""
 
 
+WEIGHTS = {"exact": "exact weights", "stochastic": "weights rounded stochastically"}
+
+
 @dataclass(frozen=True)
 class Fit:
     """One model on one card."""
@@ -65,14 +68,14 @@ def fits(name: str, card: str) -> dict[str, Fit]:
     spent = plan["devices"][0]["spent"]
     rest = spent["weights"] + spent["activations"]
     room = spent["memory"] - spent["driver and other processes"] - spent["slack"]
-    chosen = next((each for each in plan["candidates"] if each["name"] == plan["chosen"]), None)
+    chosen = candidate(plan, plan["chosen"])
     gradients = spent["gradients at one time"]
     found = {
         "adamw_triton": Fit(
             rest + gradients + (chosen["gpu_bytes"] if chosen else 0),
             chosen["host_bytes"] if chosen else 0,
             chosen is not None,
-            chosen["name"] if chosen else "",
+            f"{chosen['name']}, {WEIGHTS[chosen['weights']]}" if chosen else "",
         )
     }
     parameters = spent["weights"] / 2
@@ -104,7 +107,7 @@ def table(found: dict[str, dict[str, dict[str, Fit]]]) -> Table:
         "computed, not measured: the largest of Llama 3.2 1B and 3B, Llama 3.1 8B, Qwen3 14B and 32B; all "
         "weights trained, in bf16, one checkpointed sequence of 2,048 tokens at a time",
         "torch fused: bf16 state, weights rounded to nearest; bitsandbytes: the same with managed memory; "
-        "ours: exact weights, gradients released",
+        "ours: gradients released, exact weights where the host has room for what they lack",
     ]
     return Table("What can be fully fine-tuned on which card", columns, rows, notes)
 

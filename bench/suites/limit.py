@@ -75,7 +75,9 @@ def run(task: dict[str, Any], seconds: float) -> dict[str, Any]:
         said = log.read()
     if code != 0:
         how = "stopped at the end of its time" if code is None else f"it ended with {code}"
-        return {"why": f"{how}: {said[-1500:]}"}
+        return {
+            "why": f"{how}: {said.strip().splitlines()[-1][:300] if said.strip() else 'nothing was said'}"
+        }
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     peak, wanted = found["peak"], found["planned_gpu"]
     off = {"off_plan": abs(peak - wanted) / wanted} if peak else {}

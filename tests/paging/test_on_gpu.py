@@ -76,7 +76,8 @@ def test_state_takes_no_more_of_the_gpu_than_its_staging(variant: str) -> None:
 
 @pytest.mark.alone
 def test_pages_come_in_while_others_are_updated_and_go_out() -> None:
-    """In the profiler's timeline each of the three runs beside the two others for part of its time."""
+    """In the profiler's timeline copies both ways run beside each other for part of their time, and updates
+    beside copies."""
     param = Parameter(torch.zeros(100_000_000, dtype=torch.bfloat16, device="cuda"))
     param.grad = torch.ones_like(param)
     optimizer = AdamW([param], variant="paged_32bit", transfer="copy")
@@ -94,7 +95,8 @@ def test_pages_come_in_while_others_are_updated_and_go_out() -> None:
         "update": [spanned(event) for event in events if event.name.startswith("_kernel")],
     }
     assert all(len(found) >= 10 for found in spans.values()), {k: len(v) for k, v in spans.items()}
-    for one, other in (("in", "out"), ("in", "update"), ("out", "update")):
+    spans["copies"] = spans["in"] + spans["out"]  # of a page that is soon updated, an update lies between two
+    for one, other in (("in", "out"), ("copies", "update")):
         shared = overlap(spans[one], spans[other])
         shorter = min(sum(end - start for start, end in spans[name]) for name in (one, other))
         assert shared > 0.3 * shorter, f"{one} and {other} share {shared:.0f} us of {shorter:.0f} us"

@@ -1,0 +1,86 @@
+"""Figures in the README are those of the files that commands here have left."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.report import RESULTS, number
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+H100 = "cuda-nvidia-h100-80gb-hbm3"
+
+
+def results(machine: str, suite: str) -> Any:
+    return json.loads((RESULTS / machine / f"{suite}.json").read_text())
+
+
+def cells(start: str) -> list[str]:
+    """Of the last line of a table that begins so."""
+    line = [line for line in README.splitlines() if line.startswith(f"| {start} |")][-1]
+    return [cell.strip(" *") for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ("**adamw_triton 8bit**", "adamw_triton 8bit"),
+        ("flashoptim 8-bit", "flashoptim 8-bit"),
+        ("torchao 8-bit", "torchao 8-bit"),
+        ("bitsandbytes 8-bit", "bitsandbytes 8-bit"),
+        ("**adamw_triton 32bit**", "adamw_triton 32bit"),
+        ("torch fused", "torch fused"),
+        ("optimi", "optimi"),
+    ],
+)
+def test_steps_on_the_h100(row: str, key: str) -> None:
+    cases = results(H100, "step")["cases"]
+    for cell, dtype in zip(cells(row), ("bf16", "fp32"), strict=True):
+        got = cases[f"1.1e9, {dtype}"]["optimizers"][key]
+        expected = f"{number(1e3 * got['median'])} ({got['share_of_copy']:.0%})"
+        assert cell.replace("*", "") == expected
+
+
+def test_exact_weights_on_the_h100() -> None:
+    took = results(H100, "step")["cases"]["1.1e9, bf16"]["optimizers"]
+    both = [number(1e3 * took[f"adamw_triton {bits}bit, exact"]["median"]) for bits in (32, 8)]
+    assert f"({' and '.join(both)} ms)" in README
+
+
+@pytest.mark.parametrize(
+    ("row", "cards"),
+    [
+        ("T4, 12 GiB (a free notebook)", ["T4"]),
+        ("RTX 3060, 64 GiB", ["RTX 3060"]),
+        ("RTX 3090, 4090, 64 GiB", ["RTX 4090"]),
+        ("RTX 5090, 64 GiB", ["RTX 5090"]),
+        ("A100-40GB, 256 GiB", ["A100-40GB"]),
+        ("A100-80GB, H100, 256 GiB", ["A100-80GB", "H100 SXM"]),
+    ],
+)
+def test_what_fits_on_which_card(row: str, cards: list[str]) -> None:
+    for card in cards:
+        models = results("aot", "cards")["cards"][card]
+        for cell, key in zip(
+            cells(row), ("torch fused", "bitsandbytes paged 8-bit", "adamw_triton"), strict=True
+        ):
+            fits = [name for name, of in models.items() if of[key]["fits"]]
+            assert cell == (fits[-1] if fits else "none"), (card, key)
+
+
+def test_what_release_adds() -> None:
+    added = results("aot", "hidden")["links"]["PCIe 4"]["released"]
+    said = re.search(r"([\d.]+)% at 2,048 tokens a step, ([\d.]+)% at 8,192, ([\d.]+)% at 32,768", README)
+    assert said is not None
+    for text, tokens in zip(said.groups(), ("2048", "8192", "32768"), strict=True):
+        assert float(text) == pytest.approx(100 * added[tokens], abs=0.5 if tokens == "2048" else 0.05)
+
+
+def test_the_peak_of_a_3b_model() -> None:
+    off = results(H100, "limit")["models"]["Llama-3.2-3B"]["off_plan"]
+    assert "within 0.8% of its plan" in README
+    assert off <= 0.008
