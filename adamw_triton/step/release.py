@@ -115,8 +115,12 @@ class Release:
                 raise RuntimeError(self._twice(param))
             _check_alone()
             self._note_backward(is_last)
-            for bucket in self._buckets.arrived(param):
-                self._step(bucket) if is_last else self._accumulate(bucket)
+            try:
+                for bucket in self._buckets.arrived(param):
+                    self._step(bucket) if is_last else self._accumulate(bucket)
+            except BaseException:
+                self._joined()  # autograd will not call `ended`
+                raise
 
     @_disable_dynamo
     def ended(self, task: int, is_last: bool) -> None:
