@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
+import transformers
 
 from adamw_triton.huggingface import ReportCallback
 from adamw_triton.state import placement
@@ -131,3 +132,47 @@ def test_sums_of_fp32(tmp_path: Path) -> None:
     assert sums[1] == 2 * sums[0]
     assert bits(runs[0].model) != bits(runs[1].model)
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["gpu", "host"])
+def test_sft_of_twenty_steps_of_four_batches(where: str, tmp_path: Path) -> None:
+    """As without release; and if it is stopped in the middle and goes on."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from tests.huggingface.test_peft_and_trl import TEXTS, tokenizer
+
+    class Killed(BaseException):
+        pass
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 13:
+                raise Killed
+
+    def sft(folder: str, optim_args: str, stop: bool = False, resume: Any = None) -> Any:
+        args = trl.SFTConfig(
+            str(tmp_path / folder), optim="paged_adamw_triton_8bit", optim_args=optim_args, max_steps=20,
+            gradient_accumulation_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
+            max_grad_norm=0, logging_steps=1, save_strategy="steps", save_steps=10, report_to=[],
+            use_cpu=True, bf16=False,
+        )  # fmt: skip
+        run = trl.SFTTrainer(
+            model=llama(dtype=torch.bfloat16),
+            args=args,
+            train_dataset=datasets.Dataset.from_list([{"text": text} for text in TEXTS] * 8),
+            processing_class=tokenizer(),
+            callbacks=[Stop()] if stop else [],
+        )
+        run.train(resume_from_checkpoint=resume)
+        return run
+
+    release = f"master_weights=true,gradient_release=true,accumulate_on={where}"
+    plain, released = sft("plain", "master_weights=true"), sft("released", release)
+    assert len(losses(plain)) == 20
+    assert losses(released) == losses(plain)
+    assert bits(released.model) == bits(plain.model)
+    with pytest.raises(Killed):
+        sft("stopped", release, stop=True)
+    resumed = sft("stopped", release, resume=str(tmp_path / "stopped" / "checkpoint-10"))
+    assert bits(resumed.model) == bits(plain.model)
