@@ -348,11 +348,15 @@ class AdamW(torch.optim.Optimizer):
             self._update(None, set(map(id, params)))
             self._places.fetch(set(map(id, following)))
 
-    def _join(self) -> None:
-        """At the end of a backward, whose stream goes on with the weights."""
+    def _join(self, wait: bool) -> None:
+        """At the end of a backward, whose stream goes on with the weights; where that has failed, the host
+        waits until nothing is under way."""
+        sums = self._places.sums
+        if wait:
+            self._store.finish()
         self._store.join()
-        if self._places.sums is not None:
-            self._places.sums.join()
+        if sums is not None:
+            sums.join()
 
     def _added(self, params: Sequence[Tensor], following: Sequence[Tensor]) -> None:
         """Add the gradients of these to their sums on the host."""
@@ -386,7 +390,7 @@ class AdamW(torch.optim.Optimizer):
             self._store.run(work, stop, (ordered, stepped.grads, judged))
             batch.count(judged)
             if batch.copies:
-                self._store.join()
+                self._store.join({slot.buffer.device for slot in batch.slots})
                 batch.copy_back(ordered, stepped)
             batch.remember()
             self._store.saw_weights()
@@ -533,7 +537,9 @@ class AdamW(torch.optim.Optimizer):
             reading.remove()
         self._whole = WholeSteps()
         if self._release is not None:
-            self._release.begin()
+            self._release.abandon(
+                self.param_groups
+            )  # gradients of a backward that failed are none of the next
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})

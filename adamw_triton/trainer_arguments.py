@@ -73,8 +73,9 @@ def optimizer_cls_and_kwargs(
         found["max_grad_norm"] = math.inf  # for the log: the Trainer's own pass finds no gradients
         if clipped:
             warnings.warn(
-                f"TrainingArguments(max_grad_norm={clipped}) clips nothing: with gradient_release=true no "
-                "gradient is left to it. Set max_grad_norm=0, and adaptive_clip=1.05 in optim_args",
+                f"TrainingArguments(max_grad_norm={clipped}) clips at most what is left over for step(), by "
+                "the norm of that: with gradient_release=true no other gradient is left to it. Set "
+                "max_grad_norm=0, and adaptive_clip=1.05 in optim_args",
                 stacklevel=2,
             )
     elif found.get("max_grad_norm") is not None and clipped:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -198,10 +198,11 @@ class Store:
         for device, pages in by_device(work).items():
             self._pagers[device].walk(pages, stop, reads)
 
-    def join(self) -> None:
-        """What comes next on the current streams happens after all updates."""
-        for pager in self._pagers.values():
-            pager.join()
+    def join(self, devices: Collection[torch.device] | None = None) -> None:
+        """What comes next on the current streams, of these devices or of all, happens after their updates."""
+        for device, pager in self._pagers.items():
+            if devices is None or device in devices:
+                pager.join()
 
     def fetch(self, pages: Sequence[Page]) -> None:
         """Have pages come in that ``run`` will begin with, most likely."""

@@ -8,7 +8,7 @@ host memory), and in the store's staging buffers they would displace the pages o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -171,17 +171,18 @@ class Sums:
         self._prepare(work)
         with commit():
             self._walk(work, back=False)
-            self.join()  # whoever comes next reads these gradients, and on any stream
+            self.join({param.device for param in params})  # whoever comes next reads these gradients
             for param, total in zip(params, totals, strict=True):
                 del self.held[id(param)]
                 if param.grad is None or param.grad.data_ptr() != total.data_ptr():
                     param.grad = torch.view_as_complex(total) if param.is_complex() else total
         self._fetch([param for param in following if id(param) in self.held])
 
-    def join(self) -> None:
-        """What comes next on the current streams happens after all additions."""
-        for pager in self._pagers.values():
-            pager.join()
+    def join(self, devices: Collection[torch.device] | None = None) -> None:
+        """What comes next on the current streams, of these devices or of all, happens after all additions."""
+        for device, pager in self._pagers.items():
+            if devices is None or device in devices:
+                pager.join()
 
     def free(self) -> None:
         """Hand back the staging buffers."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 class Buckets:
     """Parameters in the order in which their gradients arrive. A *bucket* is what arrives one after another
-    on a device until there are ``nbytes`` of gradients: learnt the first time, and kept, so that the launches
-    of a bucket can be kept too. What then arrives in another order waits for its bucket, but never with more
-    than two buckets' worth: beyond, all that is there is stepped as it is.
+    on a stream of a device until there are ``nbytes`` of gradients: learnt the first time, and kept, so that
+    the launches of a bucket can be kept too. What then arrives in another order waits for its bucket, but
+    never with more than two buckets' worth: beyond, all that is there is stepped as it is.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -21,13 +21,14 @@ class Buckets:
         self._members: list[set[int]] = []
         """Ids of parameters, by bucket."""
         self._bucket_of: dict[int, int] = {}
-        self._waiting: dict[torch.device, dict[int, dict[int, Tensor]]] = defaultdict(dict)
-        """What has arrived and is not stepped: by device, and by bucket; those that have none yet under
+        self._waiting: dict[tuple[torch.device, int], dict[int, dict[int, Tensor]]] = defaultdict(dict)
+        """What has arrived and is not stepped: by device and stream, for what is stepped on one cannot know
+        whether gradients of another are there yet; and by bucket; those that have none yet under
         ``_UNKNOWN``."""
 
-    def arrived(self, param: Tensor) -> list[list[Tensor]]:
-        """What is to be stepped now."""
-        waiting = self._waiting[param.device]
+    def arrived(self, param: Tensor, stream: int = 0) -> list[list[Tensor]]:
+        """What is to be stepped now, on this stream."""
+        waiting = self._waiting[param.device, stream]
         number = self._bucket_of.get(id(param), _UNKNOWN)
         bucket = waiting.setdefault(number, {})
         bucket[id(param)] = param

@@ -27,8 +27,10 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
 from adamw_triton.step.buckets import Buckets, shared_out
+from adamw_triton_kernels.tables import stream_of
 
 _REMEMBERED = 1024
 """Buckets of which it is known what came next."""
@@ -50,7 +52,8 @@ class Adding(NamedTuple):
 class Release:
     """Args, which are bound methods and held weakly:
     update: updates these parameters by their gradients; that may still be under way afterwards.
-    join: what is queued next on the current stream happens after all updates.
+    join: what is queued next on the current stream happens after all updates; given True, the host
+        waits for them too.
     name: what a message calls a parameter.
     adding: None: gradients of several backwards add up where they are.
     """
@@ -58,7 +61,7 @@ class Release:
     def __init__(
         self,
         update: Update,
-        join: Callable[[], None],
+        join: Callable[[bool], None],
         name: Callable[[Tensor], str],
         adding: Adding | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class Release:
         """Backwards that have not come to their end, by the engine's number, and what it will call there: it
         drops that when one fails."""
         self._accumulating = 0
+        self._is_closing = False
         self._lock = threading.RLock()  # each device has a thread of autograd's
 
     def __del__(self) -> None:
@@ -116,7 +120,7 @@ class Release:
             _check_alone()
             self._note_backward(is_last)
             try:
-                for bucket in self._buckets.arrived(param):
+                for bucket in self._buckets.arrived(param, stream_of(param.device)):
                     self._step(bucket) if is_last else self._accumulate(bucket)
             except BaseException:
                 self._joined()  # autograd will not call `ended`
@@ -167,12 +171,14 @@ class Release:
                     f"and so have {len(again) - 1} more: somebody puts them back, as DDP does. Make the "
                     "optimizer with gradient_release=False, or the model without DDP"
                 )
-            self._step(left)
-            summed = [param for param in params if id(param) in self._held]
-            for bucket in shared_out(summed, placement.BUCKET_BYTES):
-                self._step(bucket)
-            self._joined()
-            self.begin()
+            with DeferredInterrupt():  # or what is stepped would not count as that
+                self._is_closing = True
+                self._step(left)
+                summed = [param for param in params if id(param) in self._held]
+                for bucket in shared_out(summed, placement.BUCKET_BYTES):
+                    self._step(bucket)
+                self._joined()
+                self.begin()
             self.watch(groups)
 
     def abandon(self, groups: Iterable[Mapping[str, Any]]) -> int:
@@ -194,6 +200,7 @@ class Release:
         self._last = frozenset()
         self._running.clear()
         self._accumulating = 0
+        self._is_closing = False
 
     def _step(self, params: Sequence[Tensor]) -> None:
         update = self._update()
@@ -202,11 +209,12 @@ class Release:
         if update is None or not params:
             return
         following = self._note_order(params)
-        with torch.no_grad():
-            update(params, not self._ahead, following)
-        for param in params:
-            param.grad = None
-        self._ahead.update(map(id, params))
+        with DeferredInterrupt():  # what has been stepped is said to be, whatever comes
+            with torch.no_grad():
+                update(params, not self._ahead, following)
+            for param in params:
+                param.grad = None
+            self._ahead.update(map(id, params))
 
     def _accumulate(self, params: Sequence[Tensor]) -> None:
         add = None if self._add is None else self._add()
@@ -244,12 +252,21 @@ class Release:
         """Backwards that run: this one, and those that it runs within."""
         return {task for task, end in self._running.items() if end() is not None}
 
-    def _joined(self) -> None:
+    def dropped(self) -> None:
+        """A backward has failed: whoever catches its error may read or replace the weights, on any stream."""
+        self._joined(wait=True)
+
+    def _joined(self, wait: bool = False) -> None:
         join = self._join()
         if join is not None:
-            join()
+            join(wait)
 
     def _twice(self, param: Tensor) -> str:
+        if self._is_closing:
+            return (
+                f"gradient_release: the last step() failed with {len(self._ahead)} parameters stepped: call "
+                "it again, or optimizer.abandon_step(), before another backward"
+            )
         if self._running.keys() - {torch._C._current_graph_task_id()}:
             return self._failed()
         return (
@@ -283,11 +300,18 @@ class _End:
     def __init__(self, release: Release, task: int, is_last: bool) -> None:
         self._release = weakref.ref(release)
         self._task, self._is_last = task, is_last
+        self._called = False
 
     def __call__(self) -> None:
+        self._called = True
         release = self._release()
         if release is not None:
             release.ended(self._task, self._is_last)
+
+    def __del__(self) -> None:
+        release = None if self._called else self._release()
+        if release is not None:
+            release.dropped()
 
 
 def _gone() -> None:

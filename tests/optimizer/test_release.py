@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from adamw_triton import AdamW
 from adamw_triton.paging.pager import Pager, Work
+from adamw_triton.places import store
 from adamw_triton.state import placement
 from adamw_triton.state.buffers import Page
 from tests.optimizer.problems import bits, state_bits
+from tests.paging.simulated import SimulatedDevice, random_order
 
 CASES = int(os.environ.get("ADAMW_TRITON_CASES", "16"))
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
@@ -556,3 +559,101 @@ def test_pages_go_by_the_copy_engines_unless_somebody_says_otherwise(monkeypatch
             optimizer.step()
         found[transfer] = set(ways)
     assert found == {"auto": {"_copying"}, "zero_copy": {"_in_place"}}
+
+
+class Breaks(torch.autograd.Function):
+    """Its backward fails."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("in the middle of backward")
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_behind_a_failed_backward_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or an update would be written over the weights that the user then loads."""
+    monkeypatch.setattr(placement, "BUCKET_BYTES", 4000)
+    device = SimulatedDevice(random_order(0))
+    monkeypatch.setattr(store, "device_for", lambda _: device)
+    layers = [nn.Linear(60, 60) for _ in range(4)]
+    params = [param for layer in layers for param in layer.parameters()]
+    optimizer = AdamW(params, variant="paged_32bit", gradient_release=True)
+    for fails in (False, True):
+        x = torch.ones(2, 60)
+        for index, layer in enumerate(layers):
+            x = layer(Breaks.apply(x) if fails and index == 2 else x)
+        if not fails:
+            x.square().mean().backward()
+            optimizer.step()
+            continue
+        with pytest.raises(ArithmeticError, match="in the middle"):
+            x.square().mean().backward()
+        gc.collect()
+        assert optimizer._release is not None
+        assert optimizer._release._ahead
+        assert not device.beside.queue
+        assert not any(pager._under_way for pager in optimizer._store._pagers.values())
+
+
+def test_an_interrupt_in_a_step_leaves_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been stepped has no gradients any more, and the next step is one more."""
+    monkeypatch.setattr(placement, "BUCKET_BYTES", 1 << 30)
+    model, expected = (nn.Sequential(*[nn.Linear(100, 100) for _ in range(3)]) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    optimizer, plain = AdamW(model.parameters(), gradient_release=True), AdamW(expected.parameters())
+    real = type(optimizer._store).run
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    for step in range(3):
+        for each in (model, expected):
+            each(torch.ones(2, 100)).square().mean().backward()
+        plain.step()
+        plain.zero_grad()
+        with monkeypatch.context() as patch:
+            if step == 0:  # later ones leave nothing to step()
+                patch.setattr(type(optimizer._store), "run", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+                continue
+            optimizer.step()
+    assert bits(list(model.parameters())) == bits(list(expected.parameters()))
+
+
+def test_a_load_drops_what_a_failed_backward_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "BUCKET_BYTES", 1 << 30)
+    model, optimizer = tower()
+    model(torch.ones(2, 100)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    failing(model, 2)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.ones(2, 100)).sum().backward()
+    assert any(param.grad is not None for param in model.parameters())
+    optimizer.load_state_dict(saved)
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_second_backward_behind_a_refused_step_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "BUCKET_BYTES", 4000)
+    layers = nn.Sequential(*[nn.Linear(60, 60) for _ in range(3)])
+    late = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([*layers.parameters(), late], gradient_release=True, nonfinite="raise")
+    for _ in range(2):
+        layers(torch.ones(2, 60)).square().mean().backward()
+        optimizer.step()
+    layers(torch.ones(2, 60)).square().mean().backward()
+    late.grad = torch.full((3,), torch.nan)
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"last step\(\) failed with \d+ parameters stepped"):
+        layers(torch.ones(2, 60)).square().mean().backward()
+    assert optimizer.abandon_step() > 0
+    layers(torch.ones(2, 60)).square().mean().backward()
+    optimizer.step()

@@ -79,3 +79,13 @@ def test_devices_have_buckets_of_their_own() -> None:
     buckets = Buckets(LIMIT)
     params = [torch.empty(400, dtype=torch.uint8, device=d) for d in ("cpu", "meta") * 6]
     assert all(len({p.device for p in bucket}) == 1 for p in params for bucket in buckets.arrived(p))
+
+
+def test_gradients_of_two_streams_are_in_no_bucket_together() -> None:
+    """On one stream it is not known whether those of the other are there yet."""
+    params = [torch.empty(100) for _ in range(4)]
+    buckets = Buckets(800)
+    found = [buckets.arrived(param, stream) for param, stream in zip(params, (1, 2, 1, 2), strict=True)]
+    assert [[[id(each) for each in bucket] for bucket in some] for some in found] == [
+        [], [], [[id(params[0]), id(params[2])]], [[id(params[1]), id(params[3])]],
+    ]  # fmt: skip
