@@ -7,6 +7,7 @@ steps CPU tensors by what Triton compiles for that GPU, on an emulator (bench/pt
 
 import importlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it: tests of Ctrl-C send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMPILED = os.environ.get("ADAMW_TRITON_COMPILED", "")
 if not torch.cuda.is_available() and not COMPILED:

@@ -157,7 +157,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "slow one way": ({"link_answer": Link(12e9, 3e9, 7e9)}, "link", WARNING, "to the host 3.0", "16 lanes"),
     "slow for this card": (
         {"gpu": T4._replace(name="NVIDIA H200"), "link_answer": Link(25e9, 25e9, 18e9)}, "link", WARNING,
-        "; this card is planned with 40.0", "16 lanes"),
+        "; this card is planned with 47.0", "16 lanes"),
     "fast enough for an unknown card": (
         {"gpu": T4._replace(name="GPU 9000"), "link_answer": Link(25e9, 25e9, 12e9)},
         "link", OK, "12.0 each way", ""),

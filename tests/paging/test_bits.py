@@ -158,7 +158,7 @@ def test_released_on_the_simulated_device_in_a_thousand_orders(
 ) -> None:
     """Backward and the next forward are on the compute stream, updates beside it."""
     monkeypatch.setattr(placement, "BUCKET_BYTES", 20_000)
-    monkeypatch.setattr(Release, "_note_backward", lambda self: None)
+    monkeypatch.setattr(Release, "_note_backward", lambda self, is_last: None)
     expected = released_training(bits_, [])
     devices: list[SimulatedDevice] = []
     monkeypatch.setattr(store, "device_for", lambda _: devices[-1])
