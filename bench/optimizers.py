@@ -50,7 +50,7 @@ def _torch(**how: Any) -> Build:
     )
 
 
-def _ours(variant: str, **how: Any) -> Build:
+def ours(variant: str, **how: Any) -> Build:
     def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
         import adamw_triton
 
@@ -163,10 +163,10 @@ _UVM = "managed memory, which only CUDA has"
 _GPU = "a GPU"
 
 OPTIMIZERS = (
-    Optimizer("adamw_triton 32bit", _ours("32bit"), "adamw-triton", 32),
-    Optimizer("adamw_triton 8bit", _ours("8bit"), "adamw-triton", 8),
-    Optimizer("adamw_triton paged_32bit", _ours("paged_32bit"), "adamw-triton", 32, paged=True),
-    Optimizer("adamw_triton paged_8bit", _ours("paged_8bit"), "adamw-triton", 8, paged=True),
+    Optimizer("adamw_triton 32bit", ours("32bit"), "adamw-triton", 32),
+    Optimizer("adamw_triton 8bit", ours("8bit"), "adamw-triton", 8),
+    Optimizer("adamw_triton paged_32bit", ours("paged_32bit"), "adamw-triton", 32, paged=True),
+    Optimizer("adamw_triton paged_8bit", ours("paged_8bit"), "adamw-triton", 8, paged=True),
     Optimizer("torch foreach", _torch(foreach=True), "torch", 32),
     Optimizer("torch fused", _torch(fused=True), "torch", 32),
     Optimizer("bitsandbytes 32-bit", _bitsandbytes("AdamW32bit"), "bitsandbytes", 32),
@@ -184,15 +184,24 @@ OPTIMIZERS = (
 )
 RESIDENT = tuple(one for one in OPTIMIZERS if not one.paged)
 EXACT = tuple(
-    Optimizer(
-        f"adamw_triton {bits}bit, exact", _ours(f"{bits}bit", master_weights=True), "adamw-triton", bits
-    )
+    Optimizer(f"adamw_triton {bits}bit, exact", ours(f"{bits}bit", master_weights=True), "adamw-triton", bits)
     for bits in (32, 8)
 )
 """Keep weights of 16 bits exactly; fp32 ones are as they are."""
+RELEASED = tuple(
+    Optimizer(
+        f"adamw_triton paged_{bits}bit, released",
+        ours(f"paged_{bits}bit", gradient_release=True),
+        "adamw-triton",
+        bits,
+        paged=True,
+    )
+    for bits in (8, 32)
+)
+"""Step while backward runs, and free its gradients."""
 CLIPPED = (
-    Optimizer("adamw_triton 32bit, clipped", _ours("32bit", max_grad_norm=NO_LIMIT), "adamw-triton", 32),
-    Optimizer("adamw_triton 8bit, clipped", _ours("8bit", max_grad_norm=NO_LIMIT), "adamw-triton", 8),
+    Optimizer("adamw_triton 32bit, clipped", ours("32bit", max_grad_norm=NO_LIMIT), "adamw-triton", 32),
+    Optimizer("adamw_triton 8bit, clipped", ours("8bit", max_grad_norm=NO_LIMIT), "adamw-triton", 8),
     Optimizer("torch fused, clipped", Clipped, "torch", 32),
 )
 """The whole cost of clipping to a norm that no gradients have: these stay as they are for all."""

@@ -122,9 +122,7 @@ class Sums:
         absent = [param for param in params if not self._fits(param)]
         if absent:
             self._make_places(absent, groups)
-            params = [
-                param for param in params if id(param) in self._places
-            ]  # of the others none is ours now
+            params = [param for param in params if id(param) in self._places]  # the others are not ours now
         grads = [in_memory_order(p.grad, self._places[id(p)].strides) for p in params if p.grad is not None]
         work = self._work(params, grads, [id(param) in self.held for param in params], _add)
         self._prepare(work)

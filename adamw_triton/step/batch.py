@@ -152,8 +152,9 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]
 class Batch:
     """The launches of a step on certain parameters, page by page; kept for steps on the same ones.
 
-    Its tables are sent on the current streams, and only there are they read, replaced and freed. On another
-    they might be read before they have arrived, and their memory be used anew while they are being read.
+    Its tables are sent on the current streams, and only there are they replaced and freed, and read but by
+    updates beside a backward, for which the pager waits and keeps them. On another stream they might be read
+    before they have arrived, and their memory be used anew while they are being read.
     """
 
     def __init__(self, items: Sequence[Item], page_elements: Callable[[StateBuffer], int]) -> None:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.paging.device import device_for
 from adamw_triton.paging.link import Link
 from adamw_triton.paging.link import measure as measure_copies
 from bench import suite, workloads
-from bench.optimizers import BETAS, EPS, OPTIMIZERS, Offloaded, Optimizer, compiled_after, runnable, told
+from bench.optimizers import OPTIMIZERS, Offloaded, Optimizer, compiled_after, ours, runnable, told
 from bench.peers import Stepper, state_bytes
 from bench.report import Cell, Table, number
 from bench.suite import COLOURS
@@ -35,16 +34,6 @@ ELEMENTS = {"quick": 1 << 22, "cpu": 1 << 24, "cuda": 1 << 28}
 WARM_UP = 3
 
 
-def _ours(variant: str, transfer: str, budget: int | None) -> Callable[[list[Tensor], float, float], Stepper]:
-    def build(params: list[Tensor], lr: float, decay: float) -> Stepper:
-        import adamw_triton
-
-        how = {"variant": variant, "transfer": transfer, "memory_budget": budget}
-        return adamw_triton.AdamW(params, lr, BETAS, EPS, decay, **how)
-
-    return build
-
-
 def rows(device: str) -> list[Optimizer]:
     """Ours resident, ours paged in both ways, and what peers have."""
     found = []
@@ -52,7 +41,7 @@ def rows(device: str) -> list[Optimizer]:
         if one.ours and one.paged:
             variant = one.key.split()[1]
             for transfer in ("copy", "zero_copy"):
-                build = _ours(variant, transfer, BUDGET[device])
+                build = ours(variant, transfer=transfer, memory_budget=BUDGET[device])
                 found.append(replace(one, key=f"{one.key}, {transfer}", build=build))
         elif one.ours or one.paged:
             found.append(one)

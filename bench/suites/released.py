@@ -10,14 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from rich.progress import track
 from torch import nn
 
 from bench import report, suite
-from bench.optimizers import BETAS, EPS, compiled_after, give_back
+from bench.optimizers import BETAS, EPS, NEVER, OPTIMIZERS, Build, compiled_after, give_back, ours
 from bench.peers import Stepper
 from bench.report import Cell, Table, number
 from bench.workloads import Llama
@@ -28,19 +27,14 @@ Prepare = Callable[[nn.Module], tuple[Stepper, Callable[[], object]]]
 """An optimizer of a model, and what ends a step behind backward."""
 
 
-def _ours(variant: str, **how: Any) -> Prepare:
-    def prepare(model: nn.Module) -> tuple[Stepper, Callable[[], object]]:
-        import adamw_triton
+def _stepped(build: Build) -> Prepare:
+    """Behind backward, as a whole or what is left of it."""
 
-        made = adamw_triton.AdamW(model.parameters(), LR, BETAS, EPS, DECAY, variant=variant, **how)
+    def prepare(model: nn.Module) -> tuple[Stepper, Callable[[], object]]:
+        made = build(list(model.parameters()), LR, DECAY)
         return made, made.step
 
     return prepare
-
-
-def _torch(model: nn.Module) -> tuple[Stepper, Callable[[], object]]:
-    made = torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, DECAY, fused=True)
-    return made, made.step
 
 
 def _optimi(released: bool) -> Prepare:
@@ -70,12 +64,12 @@ def _flashoptim(released: bool) -> Prepare:
     return prepare
 
 
+KEYS = ("adamw_triton 32bit", "torch fused")
 ROWS: dict[str, Prepare] = {
-    "adamw_triton 32bit": _ours("32bit"),
-    "adamw_triton 32bit, released": _ours("32bit", gradient_release=True),
-    "adamw_triton 8bit, released": _ours("8bit", gradient_release=True),
-    "adamw_triton paged_8bit, released": _ours("paged_8bit", gradient_release=True),
-    "torch fused": _torch,
+    **{one.key: _stepped(one.build) for one in OPTIMIZERS if one.key in KEYS},
+    "adamw_triton 32bit, released": _stepped(ours("32bit", gradient_release=True)),
+    "adamw_triton 8bit, released": _stepped(ours("8bit", gradient_release=True)),
+    "adamw_triton paged_8bit, released": _stepped(ours("paged_8bit", gradient_release=True)),
     "optimi": _optimi(released=False),
     "optimi, released": _optimi(released=True),
     "flashoptim 8-bit": _flashoptim(released=False),
@@ -165,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     llama = Llama(128, 2, batch=4, context=64) if options.quick else Llama(768, 12, batch=2, context=64)
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
-    with compiled_after(1 << 62):
+    with compiled_after(NEVER):
         for key, prepare in track(ROWS.items(), "released", console=report.console()):
             try:
                 runs[key] = train(prepare, llama, steps, options.device, options.seed)

@@ -22,8 +22,8 @@ from torch import Tensor
 from bench import report, suite
 from bench.optimizers import (
     OPTIMIZERS,
+    RELEASED,
     Optimizer,
-    _ours,
     compiled_after,
     give_back,
     runnable,
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
 ROUNDS = 4
 TRIED = 5
 """Steps before the first that counts: of ours, some try both ways over the link."""
-RELEASED = tuple(
-    Optimizer(
-        f"adamw_triton paged_{bits}bit, released",
-        _ours(f"paged_{bits}bit", gradient_release=True),
-        "adamw-triton",
-        bits,
-        paged=True,
-    )
-    for bits in (8, 32)
-)
 _KEYS = (
     "adamw_triton paged_8bit", "adamw_triton 32bit", "torchao CPU offload", "bitsandbytes paged 8-bit",
     "adamw_triton paged_32bit", "torch fused", "adamw_triton 8bit", "bitsandbytes paged 32-bit",

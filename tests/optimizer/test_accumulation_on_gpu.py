@@ -7,21 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adamw_triton import AdamW
 from adamw_triton.state import placement
 from tests.optimizer.problems import bits, state_bits
-from tests.optimizer.test_release_on_gpu import LAYERS, WIDTH, tower
+from tests.optimizer.test_release_on_gpu import LAYERS, WIDTH, backward, tower
 
 pytestmark = pytest.mark.gpu
 HOST: dict[str, Any] = {"gradient_release": True, "accumulate_on": "host"}
-
-
-def backward(model: nn.Module, seed: int) -> None:
-    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)).cuda().to(torch.bfloat16)
-    loss: Tensor = model(x).float().square().mean()
-    loss.backward()
 
 
 def step(model: nn.Module, optimizer: AdamW, seed: int, micro_batches: int = 4) -> None:

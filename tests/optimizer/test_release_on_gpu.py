@@ -23,10 +23,14 @@ def tower() -> nn.Sequential:
     return nn.Sequential(*layers).cuda().to(torch.bfloat16)
 
 
-def step(model: nn.Module, optimizer: AdamW, seed: int) -> None:
+def backward(model: nn.Module, seed: int) -> None:
     x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(seed)).cuda().to(torch.bfloat16)
     loss: Tensor = model(x).float().square().mean()
     loss.backward()
+
+
+def step(model: nn.Module, optimizer: AdamW, seed: int) -> None:
+    backward(model, seed)
     optimizer.step()
     optimizer.zero_grad()
 
