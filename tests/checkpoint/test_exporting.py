@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from adamw_triton.cli import main
 from adamw_triton.models.architecture import CannotBuildError
 from tests.checkpoint.crash import IN_MEMORY
 from tests.checkpoint.test_masters import HALVES, Tied, equal, optimizer_of
+from tests.measuring import printed
 from tests.optimizer.problems import train
 
 KINDS = ("safetensors", "shards", "bin", "bin shards")
@@ -403,14 +403,7 @@ def test_memory_does_not_grow_with_the_checkpoint(kind: str) -> None:
             optimizer.step()
             save(model, optimizer, folders[-1], kind)
         small, large = folders
-        code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n" + MEASURE
         target = Path(name, "out.safetensors")
-        done = subprocess.run(
-            [sys.executable, "-c", code, large, target, small],
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        grown = int(printed(MEASURE, large, target, small))
         assert target.stat().st_size > 128 << 20
-    assert int(done.stdout) < 24 << 20
+    assert grown < 24 << 20

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from tests.checkpoint import release_0
+from tests.measuring import printed
 from tests.optimizer.problems import bits, parameters, state_bits, train
 
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
@@ -169,15 +168,7 @@ print(state, status("VmHWM") - before)
 @pytest.mark.parametrize("variant", ["paged_32bit", "paged_8bit"])
 def test_peak_memory_while_saving_paged_state(variant: str, tmp_path: Path) -> None:
     """Under 1.1 times the state in all: what saving adds is under a tenth."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, variant, str(MIB), str(tmp_path / "state.pt")],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    state, added = map(int, run.stdout.split())
+    state, added = map(int, printed(MEASURE, variant, MIB, tmp_path / "state.pt").split())
     print(f"{variant}: {state >> 20} MiB of state, saving adds {added / 2**20:.1f} MiB")
     assert state >= MIB << 20
     assert added < 0.1 * state

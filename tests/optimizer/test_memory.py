@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.measuring import printed
 
 MEASURE = """
 import json, resource, sys, torch
@@ -33,9 +33,6 @@ def test_temporaries_are_bounded_whatever_the_size(variant: str, backend: str) -
     if backend != "torch":
         pytest.skip("the interpreter is not the CPU path")
     numel = 30_000_000
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, variant, str(numel)], capture_output=True, text=True, check=True
-    )
-    measured = json.loads(done.stdout)
+    measured = json.loads(printed(MEASURE, variant, numel))
     # One fp32 temporary of the tensor's size would be 120 MB.
     assert measured["extra"] - measured["state"] < 40e6

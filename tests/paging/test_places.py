@@ -6,8 +6,6 @@ import copy
 import gc
 import json
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +16,7 @@ from adamw_triton import AdamW
 from adamw_triton.memory import host as memory
 from adamw_triton.places import store
 from adamw_triton.state import placement
+from tests.measuring import printed
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
 SHAPES = ((4500,), (10,), (70, 70))
@@ -211,7 +210,6 @@ if sys.argv[1] == "registered":  # the memory that a GPU gets, with a driver tha
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-# Arrays of 36 MB: what is smaller than 32 MB, the C library may keep when it is freed.
 param = torch.nn.Parameter(torch.zeros(9_000_000))
 param.grad = torch.ones(9_000_000)
 sizes = []
@@ -228,7 +226,6 @@ print(json.dumps({"grown": max(sizes[1:]) - sizes[0], "state": state}))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "registered"])
 def test_fifty_optimizers_leave_no_memory_behind(kind: str) -> None:
-    done = subprocess.run([sys.executable, "-c", REPEAT, kind], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = json.loads(printed(REPEAT, kind))
     assert found["state"] == 8 * 9_000_000
-    assert found["grown"] < found["state"]
+    assert found["grown"] < found["state"] / 8
