@@ -78,6 +78,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--accumulate-on", metavar="WHERE", default="gpu",
         help="where gradients add up before a step: gpu (default), or host, with --release",
     )  # fmt: skip
+    add_option(
+        "--accumulate-dtype", metavar="DTYPE",
+        help=f"of sums on the host: {', '.join(DTYPES)} (default: the gradients')",
+    )  # fmt: skip
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
         "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
@@ -140,7 +144,14 @@ def answer(arguments: argparse.Namespace, question: Question, model: Model) -> A
 
     tensors = finetuning.tensors(model.weights, run)
     activations, origin = count_activations(arguments, model, run, tensors, question.activations)
-    return Answer(model, run, tensors, activations, origin, ask(tensors, question, activations, arguments))
+    tokens = arguments.batch * arguments.seq if _goes_through_all(model, run) else None
+    found = ask(tensors, question, activations, arguments, tokens)
+    return Answer(model, run, tensors, activations, origin, found)
+
+
+def _goes_through_all(model: Model, run: Run) -> bool:
+    """Whether each token meets every weight: not with experts, nor are there weights to count in codes."""
+    return model.dimensions is not None and model.dimensions.visited == 1 and not run.quantized
 
 
 def check(arguments: argparse.Namespace) -> Question:
@@ -160,6 +171,7 @@ def check(arguments: argparse.Namespace) -> Question:
     for name, value, allowed in (
         ("--dtype", arguments.dtype, (None, *DTYPES)),
         ("--lora-targets", arguments.lora_targets, TARGETS),
+        ("--accumulate-dtype", arguments.accumulate_dtype, (None, *DTYPES)),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--prefer", arguments.prefer, ("speed", "exact")),
         ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),
@@ -173,6 +185,10 @@ def check(arguments: argparse.Namespace) -> Question:
         )
     if arguments.accumulate_on == "host" and not arguments.release:
         raise ValueError("--accumulate-on host needs --release: without it all gradients are there at once")
+    if arguments.accumulate_dtype is not None and arguments.accumulate_on != "host":
+        raise ValueError(
+            "--accumulate-dtype needs --accumulate-on host: elsewhere gradients keep their dtype"
+        )
     if (arguments.model is None) == (arguments.params is None):
         raise ValueError("name a model's folder or file, or its size as --params; one of them")
     return Question(
@@ -289,12 +305,17 @@ def _releases(arguments: argparse.Namespace) -> bool:
 
 
 def ask(
-    tensors: Sequence[Tensor], question: Question, activations: int | None, arguments: argparse.Namespace
+    tensors: Sequence[Tensor],
+    question: Question,
+    activations: int | None,
+    arguments: argparse.Namespace,
+    tokens: int | None,
 ) -> Any:
     """The Plan."""
     import torch
 
     import adamw_triton
+    from adamw_triton.models import finetuning
 
     if question.gpu is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
@@ -307,6 +328,9 @@ def ask(
         gradient_release=arguments.release,
         accumulation=arguments.accumulation,
         accumulate_on=arguments.accumulate_on,
+        accumulate_dtype=finetuning.DTYPES.get(arguments.accumulate_dtype),
+        tokens=tokens,
+        checkpointing=not arguments.no_checkpointing,
     )
 
 

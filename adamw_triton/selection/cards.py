@@ -3,11 +3,12 @@
 ``memory`` is what torch reports as the card's total, which is less than what is printed on the box; the
 source of each is an out-of-memory message in a public issue, named beside it, unless it says "estimated".
 
-``bandwidth`` is achieved, not peak: measured by the source named, else estimated at 88 to 92% of the
-peak. ``link`` is the rate each way while both directions run. It was measured only for the A100
-(nvbandwidth#11: 24 GB/s one way, 12 the other, so pages of equal size go at 16.2 each way) and, by us, for
-the H100 (47.8 each way, ``bench/results/cuda-nvidia-h100-80gb-hbm3/paged.md``); of the others it is estimated
-from the generation and width of the link. `adamw-triton doctor` measures a card that is here.
+``bandwidth`` is achieved, not peak: measured by the source named, else estimated at 88 to 92% of the peak.
+``link`` is the rate each way while both directions run. It was measured only for the A100 (nvbandwidth#11:
+24 GB/s one way, 12 the other, so pages of equal size go at 16.2 each way) and, by us, for the H100 (47.8
+each way, ``bench/results/cuda-nvidia-h100-80gb-hbm3/paged.md``); of the others it is estimated from the
+generation and width of the link. ``flops`` are by the makers' data sheets. `adamw-triton doctor` measures a
+card that is here.
 """
 
 from __future__ import annotations
@@ -38,43 +39,47 @@ class Card(NamedTuple):
     memory: int
     bandwidth: int
     link: int
+    flops: float
+    """Operations a second of 16-bit matrix products with fp32 sums, dense: the peak."""
     source: str
     """Of ``memory``; then of ``bandwidth``."""
 
 
-def _card(name: str, gib: float, gb_per_s: int, link: int, memory_from: str, bandwidth_from: str) -> Card:
-    return Card(name, int(gib * GIB), gb_per_s * GB, link, f"{memory_from}; {bandwidth_from}")
+def _card(
+    name: str, gib: float, gb_per_s: int, link: int, tflops: int, memory_from: str, bandwidth_from: str
+) -> Card:
+    return Card(name, int(gib * GIB), gb_per_s * GB, link, tflops * 1e12, f"{memory_from}; {bandwidth_from}")
 
 
 GUESS = "estimated"
 CARDS = (
-    _card("T4", 14.56, 250, PCIE3, "CatVTON#133", GUESS),
-    _card("P100", 15.9, 640, PCIE3, GUESS, GUESS),
-    _card("V100-16GB", 15.75, 790, PCIE3, GUESS, GUESS),
-    _card("V100-32GB", 31.74, 790, PCIE3, "ChatGLM-Finetuning#73", GUESS),
-    _card("RTX 2080 Ti", 10.75, 550, PCIE3, GUESS, GUESS),
-    _card("RTX 3060", 11.75, 325, PCIE4, "dreambooth-gui#78", GUESS),
-    _card("RTX 3080", 9.7, 690, PCIE4, GUESS, GUESS),
-    _card("RTX 3090", 23.69, 860, PCIE4, "stanford_alpaca#76, DSP#10", GUESS),
-    _card("RTX 4060", 7.72, 245, PCIE4_X8, "TSGS#6", GUESS),
-    _card("RTX 4060 Ti 16GB", 15.6, 260, PCIE4_X8, GUESS, GUESS),
-    _card("RTX 4070", 11.6, 455, PCIE4, GUESS, GUESS),
-    _card("RTX 4080", 15.6, 650, PCIE4, GUESS, GUESS),
-    _card("RTX 4090", 23.52, 922, PCIE4, "SoulX-FlashTalk#5", "tinygrad#6, clpeak#106"),
-    _card("RTX 5090", 31.36, 1610, PCIE5, "TrajectoryCrafter#20", GUESS),
-    _card("RTX A6000", 47.4, 690, PCIE4, GUESS, GUESS),
-    _card("RTX 6000 Ada", 44.43, 865, PCIE4, "MTVCrafter#21", GUESS),
-    _card("A10", 21.99, 540, PCIE4, "CogVLM#236", GUESS),
-    _card("A10G", 21.99, 540, PCIE4, GUESS, GUESS),
-    _card("L4", 22.03, 265, PCIE4, "evo2#190", GUESS),
-    _card("L40S", 44.4, 805, PCIE4, "Eagle#68 (L40)", "RRZE gpu-benches (L40)"),
-    _card("A100-40GB", 39.5, 1370, PCIE4_A100, "CoSeR#10", GUESS),
-    _card("A100-80GB", 79.25, 1760, PCIE4_A100, "Vad-R1#11", "RRZE gpu-benches"),
-    _card("H100 SXM", 79.11, 3000, PCIE5, "vllm#27508", "cuda-samples#392"),
-    _card("GH200 480GB", 94.5, 3650, NVLINK_C2C, GUESS, "RRZE gpu-benches"),
-    _card("H200", 139.0, 4300, PCIE5, GUESS, GUESS),
-    _card("B200", 178.35, 6600, PCIE5, "ao#4002", GUESS),
-    _card("MI300X", 191.0, 4030, PCIE5, GUESS, "RRZE gpu-benches"),
+    _card("T4", 14.56, 250, PCIE3, 65, "CatVTON#133", GUESS),
+    _card("P100", 15.9, 640, PCIE3, 19, GUESS, GUESS),
+    _card("V100-16GB", 15.75, 790, PCIE3, 125, GUESS, GUESS),
+    _card("V100-32GB", 31.74, 790, PCIE3, 125, "ChatGLM-Finetuning#73", GUESS),
+    _card("RTX 2080 Ti", 10.75, 550, PCIE3, 54, GUESS, GUESS),
+    _card("RTX 3060", 11.75, 325, PCIE4, 26, "dreambooth-gui#78", GUESS),
+    _card("RTX 3080", 9.7, 690, PCIE4, 60, GUESS, GUESS),
+    _card("RTX 3090", 23.69, 860, PCIE4, 71, "stanford_alpaca#76, DSP#10", GUESS),
+    _card("RTX 4060", 7.72, 245, PCIE4_X8, 30, "TSGS#6", GUESS),
+    _card("RTX 4060 Ti 16GB", 15.6, 260, PCIE4_X8, 44, GUESS, GUESS),
+    _card("RTX 4070", 11.6, 455, PCIE4, 58, GUESS, GUESS),
+    _card("RTX 4080", 15.6, 650, PCIE4, 97, GUESS, GUESS),
+    _card("RTX 4090", 23.52, 922, PCIE4, 165, "SoulX-FlashTalk#5", "tinygrad#6, clpeak#106"),
+    _card("RTX 5090", 31.36, 1610, PCIE5, 209, "TrajectoryCrafter#20", GUESS),
+    _card("RTX A6000", 47.4, 690, PCIE4, 155, GUESS, GUESS),
+    _card("RTX 6000 Ada", 44.43, 865, PCIE4, 364, "MTVCrafter#21", GUESS),
+    _card("A10", 21.99, 540, PCIE4, 125, "CogVLM#236", GUESS),
+    _card("A10G", 21.99, 540, PCIE4, 70, GUESS, GUESS),
+    _card("L4", 22.03, 265, PCIE4, 121, "evo2#190", GUESS),
+    _card("L40S", 44.4, 805, PCIE4, 362, "Eagle#68 (L40)", "RRZE gpu-benches (L40)"),
+    _card("A100-40GB", 39.5, 1370, PCIE4_A100, 312, "CoSeR#10", GUESS),
+    _card("A100-80GB", 79.25, 1760, PCIE4_A100, 312, "Vad-R1#11", "RRZE gpu-benches"),
+    _card("H100 SXM", 79.11, 3000, PCIE5, 989, "vllm#27508", "cuda-samples#392"),
+    _card("GH200 480GB", 94.5, 3650, NVLINK_C2C, 989, GUESS, "RRZE gpu-benches"),
+    _card("H200", 139.0, 4300, PCIE5, 989, GUESS, GUESS),
+    _card("B200", 178.35, 6600, PCIE5, 2250, "ao#4002", GUESS),
+    _card("MI300X", 191.0, 4030, PCIE5, 1307, GUESS, "RRZE gpu-benches"),
 )
 
 # Makers, brands and connectors, which some spell out and others leave away.

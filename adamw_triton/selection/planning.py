@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from adamw_triton.arguments import BLOCK_SIZES, check_accumulation, check_weight
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes, parse_bytes
-from adamw_triton.selection import rates
-from adamw_triton.selection.cards import parse_gpu
-from adamw_triton.selection.plans import Limits, Plan, format_seconds
+from adamw_triton.selection import overlap, rates
+from adamw_triton.selection.cards import find_card, parse_gpu
+from adamw_triton.selection.plans import Candidate, Limits, Plan, format_seconds
 from adamw_triton.selection.selector import Demand, Trained, select
 from adamw_triton.state.formats import as_real
 from adamw_triton.state.placement import SumBytes, live_bytes, sum_bytes
@@ -54,6 +55,8 @@ def plan(
     accumulation: int = 1,
     accumulate_on: str = "gpu",
     accumulate_dtype: torch.dtype | None = None,
+    tokens: int | None = None,
+    checkpointing: bool = True,
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -73,6 +76,9 @@ def plan(
         accumulation: backwards before a step. Of several, gradients are all there, with ``gradient_release``
             or without, unless they add up on the host.
         accumulate_on, accumulate_dtype: as in ``AdamW``.
+        tokens: of one backward, of a model that takes each through all its weights. The plan then says how
+            long forward and backward take, and how much of the step they hide. None: it does not.
+        checkpointing: whether backward computes activations again, which hides more.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -82,8 +88,9 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
-    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
-        raise ValueError(f"Invalid accumulation: {accumulation!r}; it must be a whole number >= 1")
+    for name, value in (("accumulation", accumulation), ("tokens", 1 if tokens is None else tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"Invalid {name}: {value!r}; it must be a whole number >= 1")
     check_accumulation(accumulate_on, accumulate_dtype, gradient_release)
     tensors = list(_counted(model_or_params))
     if not tensors:
@@ -114,7 +121,7 @@ def plan(
         ("slack", slack),
     )
     room = card.memory - sum(count for _, count in spent[1:])
-    return select(
+    found = select(
         [Demand(Limits(card.name, room, *card.rates, spent=spent), trained, sums, accumulation)],
         _host_room(host_memory),
         prefer=prefer,
@@ -125,6 +132,18 @@ def plan(
             *(() if activations is not None else (_NO_ACTIVATIONS,)),
         ),
     )
+    if tokens is None or found.chosen is None:
+        return found
+    run = overlap.Run(tokens, accumulation, checkpointing, gradient_release, sums.host)
+    return replace(found, notes=(*found.notes, _of_time(found.chosen, [t for t, _ in tensors], run, card)))
+
+
+def _of_time(chosen: Candidate, tensors: Sequence[Tensor], run: overlap.Run, card: Card) -> str:
+    try:
+        known = find_card(card.name)
+    except ValueError:
+        return f"How long forward and backward take on {card.name} is not known: name the card."
+    return overlap.describe(chosen, tensors, run, known)
 
 
 def _of_sums(nbytes: int, accumulation: int, card: Card) -> str:

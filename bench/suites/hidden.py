@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adamw_triton.paging.pager import Pager
 from adamw_triton.selection.cards import find_card
+from adamw_triton.selection.overlap import UTILIZATION
 from adamw_triton.state import placement
 from adamw_triton.state.buffers import Page, StateBuffer, make_slots
 from adamw_triton.state.formats import format_for
@@ -39,21 +40,20 @@ GOALS = {2048: 0.5, 8192: 0.1, 32768: 0.02}
 
 @dataclass(frozen=True)
 class Machine:
-    """A card, and what its tensor cores do at best with bf16 and fp32 sums, by its maker's sheet."""
+    """A card by its name, and its link."""
 
     card: str
     link: str
-    peak: float
 
     @property
     def flops(self) -> float:
-        return 0.5 * self.peak
+        return UTILIZATION * find_card(self.card).flops
 
 
 MACHINES = (
-    Machine("RTX 2080 Ti", "PCIe 3", 54e12),
-    Machine("RTX 4090", "PCIe 4", 165e12),
-    Machine("RTX 5090", "PCIe 5", 209e12),
+    Machine("RTX 2080 Ti", "PCIe 3"),
+    Machine("RTX 4090", "PCIe 4"),
+    Machine("RTX 5090", "PCIe 5"),
 )
 
 

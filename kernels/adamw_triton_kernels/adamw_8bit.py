@@ -30,9 +30,9 @@ from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, 
 # sm_75 or cost an instruction an element on sm_90 (`bench audit`).
 SHAPES = {128: (64, 1024, 256), 256: (128, 2048, 1024)}
 # Registers: left to itself, the assembler takes 128 where there is much to hold, and spills on some targets.
-# With 168 three programs share a multiprocessor, as they do with what it takes on others. fp16 parameters with
-# fp32 gradients: it takes 96 on sm_90 and spills two; between 96 and 128, sm_100 spills; with a master kept,
-# sm_75 spills at 128 and none does at its own choice (`bench compiled`).
+# With 168 three programs share a multiprocessor, as they do with what it takes on others. For fp16 parameters
+# with fp32 gradients it takes 96 on sm_90 and spills two; between 96 and 128, sm_100 spills; with a master
+# kept, sm_75 spills at 128 and none does at its own choice (`bench compiled`).
 MIXED, MANY, MOST = 128, 168, 255
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench.finetuning import planned
 from bench.report import RESULTS, number
+from bench.suites.cards import MODELS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 H100 = "cuda-nvidia-h100-80gb-hbm3"
@@ -70,6 +72,15 @@ def test_what_fits_on_which_card(row: str, cards: list[str]) -> None:
         ):
             fits = [name for name, of in models.items() if of[key]["fits"]]
             assert cell == (fits[-1] if fits else "none"), (card, key)
+
+
+def test_what_14b_lacks_on_a_5090() -> None:
+    given = {"gpu": "RTX 5090", "host": "64GiB", "seq": 2048}
+    plan = planned(MODELS["14B"], given)
+    assert plan["chosen"] is None
+    (lacks,) = re.findall(r"A 14B model misses the 5090 by ([\d.]+ GiB)", README)
+    assert any(each["obstacle"] == f"needs {lacks} more GPU memory" for each in plan["candidates"])
+    assert planned(MODELS["14B"], given | {"seq": 1024})["chosen"]
 
 
 def test_what_release_adds() -> None:

@@ -87,11 +87,29 @@ def test_all_options_reach_the_selector(asked: Asked) -> None:
     assert (asked.gpu, asked.host) == (24 * GIB, 32 * GIB)
     assert asked.more == {
         "activations": 3 * GIB, "prefer": "exact", "gradient_release": True,
-        "accumulation": 1, "accumulate_on": "gpu",
+        "accumulation": 1, "accumulate_on": "gpu", "accumulate_dtype": None,
+        "tokens": 2048, "checkpointing": True,
     }  # fmt: skip
-    assert run(f"{CONFIGS}/Llama-2-7B {line} --accumulation 4 --accumulate-on host") == 0
+    more = (
+        "--accumulation 4 --accumulate-on host --accumulate-dtype fp32 --batch 3 --seq 100 --no-checkpointing"
+    )
+    assert run(f"{CONFIGS}/Llama-2-7B {line} {more}") == 0
     assert (asked.more["accumulation"], asked.more["accumulate_on"]) == (4, "host")
+    assert asked.more["accumulate_dtype"] is torch.float32
+    assert (asked.more["tokens"], asked.more["checkpointing"]) == (300, False)
     assert {param.dtype for param in asked.params} == {torch.float32}
+
+
+def test_where_tokens_do_not_meet_all_weights_backward_is_not_timed(asked: Asked, tmp_path: Path) -> None:
+    experts = {
+        "model_type": "mixtral", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(experts))
+    for line in (str(tmp_path), f"{CONFIGS}/Llama-2-7B --lora 16 --quantized-base 4 --dtype fp16"):
+        assert run(f"{line} --gpu H200") == 0
+        assert asked.more["tokens"] is None
 
 
 def test_lora_on_a_quantized_base(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +261,8 @@ REFUSED = {
     "--params 7e9 --gpu T4 --accumulation 0": "--accumulation must be 1 to",
     "--params 7e9 --gpu T4 --accumulate-on disk": "--accumulate-on must be gpu or host, not 'disk'",
     "--params 7e9 --gpu T4 --accumulate-on host": "--accumulate-on host needs --release",
+    "--params 7e9 --gpu T4 --accumulate-dtype fp32": "--accumulate-dtype needs --accumulate-on host",
+    "--params 7e9 --gpu T4 --accumulate-dtype fp8": "--accumulate-dtype must be fp32 or bf16 or fp16, not",
     "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
     "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
     "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",
@@ -338,6 +358,7 @@ def test_release_lets_7b_be_trained_on_24_gb(capsys: pytest.CaptureFixture[str])
     assert "384.0 MiB gradients at one time" in said
     assert "16-bit weights are kept exactly" in said
     assert "Gradients of 8 micro-batches add up in host memory: 13.5 GiB" in said
+    assert re.search(r"8 x 2,048 tokens take about .* pass beside backward, .* come on top: \d", said)
     assert "all there" not in said
 
 
@@ -363,8 +384,19 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
     said += f"{state} of state and staging; {host} of state in host"
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
     assert said in readme
-    line = f"{tmp_path} --gpu 4090 --host-memory 48GiB --release --accumulation 8 --accumulate-on host --json"
-    assert run(line) == 0
+    line = f"{tmp_path} --gpu 4090 --release --accumulation 8 --accumulate-on host --json --host-memory "
+    for memory, weights, claim in (
+        ("48GiB", "exact", "beside 48 or 64 GiB they are exact ({} of it)"),
+        ("64GiB", "exact", "beside 48 or 64 GiB they are exact ({} of it)"),
+        ("32GiB", "stochastic", "beside 32 GiB they are not ({})"),
+        ("64GiB --accumulate-dtype fp32", "exact", "beside exact weights {} in all"),
+    ):
+        assert run(line + memory) == 0
+        plan = json.loads(capsys.readouterr().out)["plan"]
+        more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"] and each["fits"])
+        assert more["weights"] == weights
+        assert claim.format(f"{more['host_bytes'] / GIB:.1f} GiB") in readme
+    assert run(line + "48GiB") == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
     assert more["weights"] == "exact"

@@ -76,7 +76,8 @@ def test_any_text_is_a_card_or_a_refusal_of_one_line(name: str) -> None:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_figures_are_possible(card: Card) -> None:
     """Bytes and bytes a second, not gigabytes; a link is slower than memory."""
-    _, memory, bandwidth, link, source = card
+    _, memory, bandwidth, link, flops, source = card
+    assert 1e13 < flops < 1e16
     assert 7 * GIB < memory < 200 * GIB
     assert 2e11 < bandwidth < 8e12
     assert 5e9 < link < bandwidth / 10
