@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from adamw_triton.state import shards
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
@@ -59,6 +61,9 @@ def _is_there(param: Tensor) -> bool:
 
 def _fault(param: Tensor) -> tuple[type[Exception], str] | None:
     """Why a parameter cannot be stepped: what is raised, and the message but for its name."""
+    if wrong := shards.fault(param):
+        return ValueError, wrong
+    param = shards.local(param)
     if param.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return TypeError, f"has dtype {param.dtype}; AdamW supports {allowed}, and computes in float32"

@@ -118,8 +118,8 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
         if key in parts and not (key in KEPT and _went_elsewhere(parts[key], part))
     }
     for key, part in dialect.parts.items():
-        if part.kind == "scales":
-            plain[key] = plain[key].to(part.dtypes[0])
+        if part.kind == "scales":  # of shards they are in rows
+            plain[key] = plain[key].to(part.dtypes[0]).flatten()
     saved = Saved(dialect, step, plain, 0, _norm(parts.get(NORM, math.inf), name))
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))
 

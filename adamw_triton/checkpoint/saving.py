@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
+from adamw_triton.checkpoint.parts import part_of, put_together
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
+from adamw_triton.state.shards import is_shard
 from adamw_triton.tensors import is_flattened, named
 
 VERSION_KEY = "adamw_triton_version"
@@ -66,20 +68,26 @@ class Writer:
     def _is_portable(self, param: Tensor, entry: Entry) -> bool:
         if self.state_format is not None:
             return self.state_format == "portable"
-        # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
-        # and of one dtype survive.
-        if not is_flattened(param) or "exp_avg_codes" not in entry:
+        if "exp_avg_codes" not in entry:
             return False
-        _say_portable()
+        # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
+        # and of one dtype survive. Of a DTensor whose rows are no whole blocks, another number of ranks has
+        # other blocks.
+        if is_flattened(param):
+            _say_portable("parameters that FSDP (version 1) has flattened")
+        elif is_shard(param) and not is_shard(entry["exp_avg_scales"]):
+            _say_portable("sharded parameters whose rows are no multiple of the block")
+        else:
+            return False
         return True
 
 
 @functools.cache
-def _say_portable() -> None:
+def _say_portable(whose: str) -> None:
     _log.warning(
-        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, for "
-        "its codes cannot be gathered: resuming is not bit-exact. state_dict(state_format='native') has this "
-        "rank's own codes"
+        "state_dict(): 8-bit state of %s is decoded to fp32, for its codes cannot be gathered: resuming is "
+        "not bit-exact. state_dict(state_format='native') has this rank's own codes",
+        whose,
     )
 
 
@@ -148,10 +156,11 @@ def _own_storage(tensor: Tensor) -> Tensor:
 def _portable(entry: Entry, param: Tensor, name: str) -> dict[str, Any]:
     """fp32 moments under torch.optim.AdamW's names. What has to be decoded comes to the host: a GPU that
     needs 8-bit state has no room for it."""
-    saved = read(entry, name, as_real(param).shape)
+    saved = read(part_of(entry, param, name), name, as_real(param).shape)
     moments = saved.moments()
     if saved.dialect.coded:
         moments = {key: moment.cpu() for key, moment in moments.items()}
     if param.is_complex():
         moments = {key: torch.view_as_complex(moment) for key, moment in moments.items()}
-    return {**{name: entry[name] for name in ("step", NORM) if name in entry}, **moments, **saved.kept}
+    scalars = {name: entry[name] for name in ("step", NORM) if name in entry}
+    return {**scalars, **put_together({**moments, **saved.kept}, param)}

@@ -17,8 +17,9 @@ from adamw_triton.places.sums import Summing, Sums
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.buffers import STEPS, Scalars, State
-from adamw_triton.state.formats import KEPT, as_real, format_for
+from adamw_triton.state.formats import KEPT, format_for
 from adamw_triton.state.placement import Policy
+from adamw_triton.state.shards import whole_numel
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Alike, Apart, Groups, Stepped
 from adamw_triton.tensors import is_trained, name_of
@@ -189,13 +190,13 @@ class Reservations:
         apart.check(stepped)
         if kept is None:
             tables.require_eager()
-            if not (ready and self._have_places(set(map(id, stepped.params)), stepped.groups, state)):
+            if not (ready and self._have_places(set(map(id, stepped.owners)), stepped.groups, state)):
                 if stepped.among is None and self.rehearse(stepped.groups, state, stepped.grads):
                     return None
                 self.reserve(stepped.groups, state)
             if len(self._batches) >= self._most_batches:
                 self._batches.clear()
-            kept = _Kept(frozenset(map(id, stepped.params)), Alike(stepped), apart, self._batch(stepped))
+            kept = _Kept(frozenset(map(id, stepped.owners)), Alike(stepped), apart, self._batch(stepped))
             self._batches.append(kept)
         if tables.capturing():
             self._captured.append(kept.batch)
@@ -217,7 +218,7 @@ class Reservations:
         return None
 
     def _batch(self, stepped: Stepped) -> Batch:
-        slots = [self.store.slots[id(param)] for param in stepped.params]
+        slots = [self.store.slots[id(param)] for param in stepped.owners]
         items = map(Item, stepped.group_indices, slots, stepped.params, stepped.grads)
         return Batch(list(items), self.store.page_elements)
 
@@ -241,7 +242,7 @@ class Reservations:
                     continue  # what was loaded for it waits
                 if (not stateful_only and is_trained(param)) or has_state(state.get(param, {})):
                     state_format = format_for(
-                        as_real(param).numel(),
+                        whole_numel(param),
                         bits,
                         self._block_size,
                         amsgrad,

@@ -42,6 +42,7 @@ from adamw_triton.state.placement import (
     page_elements,
     ring_for,
 )
+from adamw_triton.state.shards import local
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -114,7 +115,7 @@ class Store:
             if slot is not None and not slot.has_shape_of(param) and id(param) in stateful:
                 raise RuntimeError(
                     f"{name} had shape {_shape(slot.shape, slot.is_complex)} when its state was made and has "
-                    f"now {_shape(param.shape, param.is_complex())}: delete its state (del "
+                    f"now {_shape(local(param).shape, param.is_complex())}: delete its state (del "
                     "optimizer.state[param]) first"
                 )
         with self._still(state):

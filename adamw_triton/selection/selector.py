@@ -17,6 +17,7 @@ from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.plans import Candidate, Limits, Plan
 from adamw_triton.state.formats import Format, as_real, format_for, matters, nbytes_of_weights
 from adamw_triton.state.placement import SMALLEST_BUDGET, Placement, SumBytes, pages_of, place
+from adamw_triton.state.shards import whole_numel
 
 PAGE_SECONDS = 30e-6
 """What a page costs beside its bytes: launches and events. A guess, not measured; it only tells tiny pages
@@ -64,6 +65,8 @@ class Trained(NamedTuple):
     state_bits: int | None = None
     """As its group asks."""
     amsgrad: bool = False
+    elsewhere: int = 0
+    """Real elements that other ranks have of it, in parts."""
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Trained:
@@ -71,11 +74,12 @@ class Trained(NamedTuple):
         grad = param if param.grad is None else param.grad
         dtype, grad_dtype = (tensor.dtype.to_real() for tensor in (param, grad))
         amsgrad = bool(group.get("amsgrad", False))
-        return cls(as_real(param).numel(), dtype, grad_dtype.itemsize, group.get("state_bits"), amsgrad)
+        here, bits = as_real(param).numel(), group.get("state_bits")
+        return cls(here, dtype, grad_dtype.itemsize, bits, amsgrad, whole_numel(param) - here)
 
     def format(self, bits: int, block_size: int, weights: str = "nearest") -> Format:
         bits = bits_of(self.state_bits, self.amsgrad, bits)
-        return format_for(self.numel, bits, block_size, self.amsgrad, self.dtype, weights)
+        return format_for(self.numel + self.elsewhere, bits, block_size, self.amsgrad, self.dtype, weights)
 
 
 def bits_of(state_bits: int | None, amsgrad: bool, default: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Arranged, Format, as_real, nbytes, round_up
+from adamw_triton.state.shards import first_index, is_shard, like, local, rows_of_blocks
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -58,13 +59,15 @@ class Slot:
     index: int
     start: int
     numel: int
-    """Real elements: a complex element is two."""
+    """Real elements: a complex element is two. Of a shard those that are here, like all that follows."""
     shape: torch.Size
     strides: tuple[int, ...]
     """Of a dense tensor of the parameter's shape as real numbers, in the order of the state in memory: the
     parameter's when the slot was made, or that of the codes that were loaded."""
     contiguous: bool
     """Whether that order is the one of a contiguous, real tensor."""
+    first: int = 0
+    """Index in the whole parameter of the first element that is here."""
     entry: dict[str, Any] = field(default_factory=dict)
     """What ``optimizer.state[param]`` shows: views of the slot's range. Empty before the first update."""
     version: int | None = None
@@ -83,7 +86,7 @@ class Slot:
 
     def has_shape_of(self, param: Tensor) -> bool:
         """Whether the state is still one of a tensor like this."""
-        return self.shape == param.shape and self.is_complex == param.is_complex()
+        return self.shape == local(param).shape and self.is_complex == param.is_complex()
 
     def fits(self, param: Tensor, state_format: Format) -> bool:
         """Whether the slot can go on being this parameter's."""
@@ -106,7 +109,7 @@ class Slot:
             self.strides = strides
             shape = as_real(self.param).shape
             ordered = torch.empty_strided(shape, strides, device="meta").is_contiguous()
-            self.contiguous = ordered and not self.param.is_complex()
+            self.contiguous = ordered and not self.is_complex
 
     def clear(self) -> None:
         """Back to before the first update."""
@@ -130,7 +133,8 @@ class Slot:
         return ranges
 
     def shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ranges as others see them: in the parameter's shape, scales flat."""
+        """Ranges as others see them: in the parameter's shape, scales flat. Of a shard they are distributed
+        as it is, scales too where they are the same blocks on any number of ranks."""
         shape = (*self.shape, 2) if self.is_complex else self.shape
         views = {}
         for array in self.format.arrays:
@@ -139,6 +143,9 @@ class Slot:
                 view = view.as_strided(shape, self.strides)
                 if self.is_complex and view.dtype is torch.float32:
                     view = torch.view_as_complex(view)
+                view = like(self.param, view)
+            elif is_shard(self.param) and (rows := rows_of_blocks(self.param, array.per)):
+                view = like(self.param, view.view(self.shape[0], rows[1]), rows)
             views[array.name] = view
         return views
 
@@ -189,9 +196,14 @@ def begin_anew(slots: Sequence[Slot]) -> None:
 def _versions(slots: Sequence[Slot]) -> list[int | None]:
     """What torch counts up whenever it writes to a tensor, but through ``.data``."""
     try:
-        return [slot.param._version for slot in slots]
+        return [_version(slot.param) for slot in slots]
     except RuntimeError:  # of what was made in inference mode nothing is counted
-        return [None if slot.param.is_inference() else slot.param._version for slot in slots]
+        return [None if slot.param.is_inference() else _version(slot.param) for slot in slots]
+
+
+def _version(param: Tensor) -> int:
+    """Of a shard somebody may write to the whole, or to what is here."""
+    return param._version + local(param)._version if is_shard(param) else param._version
 
 
 class Buffer:
@@ -304,7 +316,8 @@ def make_slots(
     for index, ((param, name), real, start) in enumerate(zip(params, reals, starts, strict=True)):
         dense = torch.empty_like(real, device="meta")  # in real's order, without its gaps
         contiguous = dense.is_contiguous() and not param.is_complex()
+        shape, first = local(param).shape, first_index(param)
         slots.append(
-            Slot(param, name, buffer, index, start, real.numel(), param.shape, dense.stride(), contiguous)
+            Slot(param, name, buffer, index, start, real.numel(), shape, dense.stride(), contiguous, first)
         )
     return slots

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adamw_triton.state.shards import local
 from adamw_triton_kernels import codes
 from adamw_triton_kernels.work import MASTER, NEAREST, REMAINDER, STOCHASTIC
 
@@ -143,7 +144,8 @@ def format_for(
     dtype: torch.dtype = torch.float32,
     weights: str = "nearest",
 ) -> Format:
-    """Of a parameter with so many real elements, of that dtype; ``weights``: one of ``WEIGHTS``."""
+    """Of a parameter with so many real elements, on all ranks together, of that dtype; ``weights``: one of
+    ``WEIGHTS``."""
     kept = _WEIGHTS_OF.get((weights, dtype), NEAREST)
     return Blockwise8(block_size, kept) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad, kept)
 
@@ -178,8 +180,9 @@ def _nbytes(arrays: tuple[Array, ...], numel: int) -> int:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as real numbers with a last dimension of 2: a view, but a copy of a lazily conjugated
-    one. Any other as it is."""
+    """What of a tensor is here, a complex one as real numbers with a last dimension of 2: a view, but a copy
+    of a lazily conjugated one. Any other as it is."""
+    tensor = local(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

@@ -81,7 +81,7 @@ class Piece(NamedTuple):
     position: int
     """Of the parameter in the step's items."""
     first: int
-    """Index in the parameter of the first element."""
+    """Index of the first element in what is here of the parameter."""
     numel: int
     offset: int
     """Of the first element in the page's arrays."""
@@ -108,6 +108,8 @@ class Launch:
     """The page's arrays, without their memory."""
     factors: tuple[int, ...]
     """Which of the device's factors each piece takes; empty if there is but one."""
+    firsts: tuple[int, ...]
+    """Index in the whole parameter of each piece's first element."""
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class Launch:
         return Layout(
             numels=tuple(piece.numel for piece in self.pieces),
             offsets=tuple(piece.offset for piece in self.pieces),
-            firsts=tuple(piece.first for piece in self.pieces),
+            firsts=self.firsts,
             rows=rows,
             factors=self.factors,
             max_chunks=self.max_chunks,
@@ -302,6 +304,7 @@ def _launches(
             PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
             like,
             tuple(places[piece.position] for piece in members) if buffer.scalars.norms else (),
+            tuple(items[piece.position].slot.first + piece.first for piece in members),
         )
         for members in of_pair.values()
     ]

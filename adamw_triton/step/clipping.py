@@ -15,6 +15,7 @@ from adamw_triton.arguments import NONFINITE
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.pager import never
 from adamw_triton.state.buffers import Slot, StateBuffer
+from adamw_triton.state.shards import Summed
 from adamw_triton.tensors import is_flattened
 from adamw_triton_kernels import Verdict, norms_for
 from adamw_triton_kernels.tables import capturing, has_float64, send
@@ -62,7 +63,7 @@ class Gradients:
             mine = self._of_device[slot.buffer.device]
             self.places.append(len(mine))
             mine.append(position)
-        self._norms: dict[torch.device, Any] = {}
+        self._norms: dict[torch.device, tuple[Any, Summed]] = {}
 
     def norms(self, grads: Sequence[Tensor]) -> GradientNorms:
         if not self._norms:
@@ -70,14 +71,15 @@ class Gradients:
                 _check_whole(slot)
             self._norms = {device: self._of(device, mine) for device, mine in self._of_device.items()}
         return {
-            device: (norms, norms.of([grads[i] for i in self._of_device[device]]))
-            for device, norms in self._norms.items()
+            device: (norms, summed.of(norms.of([grads[i] for i in self._of_device[device]]), _exact(device)))
+            for device, (norms, summed) in self._norms.items()
         }
 
-    def _of(self, device: torch.device, mine: Sequence[int]) -> Any:
+    def _of(self, device: torch.device, mine: Sequence[int]) -> tuple[Any, Summed]:
         slots = [self._slots[i] for i in mine]
         adapts = [tuple(slot.scalars().values()) for slot in slots if slot.buffer.scalars.norms]
-        return norms_for(device).Norms([slot.numel for slot in slots], device, adapts)
+        norms = norms_for(device).Norms([slot.numel for slot in slots], device, adapts)
+        return norms, Summed([slot.param for slot in slots], device)
 
     @functools.cached_property
     def _averaged(self) -> list[tuple[StateBuffer, Tensor, Tensor]]:
@@ -141,9 +143,7 @@ class Clipping:
             return self._norms[0] if self._norms else None
         device = self._norms[0].device
         norms = torch.stack([norm.to(device) for norm in self._norms])
-        # fp32 has no square of 1e30
-        exact = torch.float64 if has_float64(device) else torch.float32
-        total: Tensor = torch.linalg.vector_norm(norms.to(exact)).float()
+        total: Tensor = torch.linalg.vector_norm(norms.to(_exact(device))).float()
         return total
 
     @property
@@ -194,6 +194,11 @@ class Clipping:
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.float32, device=device)
         return self._skipped[device]
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """For squares: fp32 has none of 1e30."""
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 def _scale(loss_scale: float | Tensor | None, device: torch.device) -> Tensor | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.memory.overlaps import Ranges, share_memory, span
+from adamw_triton.state.shards import is_shard, local, local_like
 from adamw_triton.tensors import check_grad, check_param, name_of
 
 Groups = Sequence[Mapping[str, Any]]
@@ -29,7 +30,10 @@ class Stepped:
     """The parameters that have gradients, in the groups' order."""
 
     groups: Groups
+    owners: list[Tensor]
+    """As the groups have them."""
     params: list[Tensor]
+    """What of them is here, and so of the gradients."""
     grads: list[Tensor]
     counts: list[int]
     """How many of them each group has."""
@@ -58,12 +62,16 @@ class Stepped:
                     params.append(param)
                     grads.append(grad)
             counts.append(len(params) - before)
+        owners = params
+        if any(map(is_shard, owners)):
+            grads = list(map(local_like, grads, owners))
+            params = list(map(local, owners))
         try:
             addresses = _addresses(params), _addresses(grads)
         except (RuntimeError, TypeError, ValueError):  # what is not strided has none
-            cls(groups, params, grads, counts, (_addresses([]), _addresses([])), among).check()
+            cls(groups, owners, params, grads, counts, (_addresses([]), _addresses([])), among).check()
             raise
-        return cls(groups, params, grads, counts, addresses, among)
+        return cls(groups, owners, params, grads, counts, addresses, among)
 
     @functools.cached_property
     def facts(self) -> Facts:
@@ -123,14 +131,14 @@ class Alike:
     """What a step was given: tells whether a later one is of the same parameters, with the same facts."""
 
     def __init__(self, stepped: Stepped) -> None:
-        self._params = stepped.params  # alive, so that no other parameter is taken for one of them
+        self._owners = stepped.owners  # alive, so that no other parameter is taken for one of them
         self._counts = stepped.counts
         self._facts = stepped.facts
         self._guards = _guards([*stepped.params, *stepped.grads])
 
     def holds_for(self, stepped: Stepped) -> bool:
         params, grads = stepped.params, stepped.grads
-        if stepped.counts != self._counts or not all(map(operator.is_, params, self._params)):
+        if stepped.counts != self._counts or not all(map(operator.is_, stepped.owners, self._owners)):
             return False
         return (
             # They end the process where a tensor has no sizes, as a nested one that was swapped in.

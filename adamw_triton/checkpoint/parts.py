@@ -1,0 +1,60 @@
+"""What of an entry is for a shard: its own part of what is distributed, or of what somebody gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
+from adamw_triton.state.buffers import NORM
+from adamw_triton.state.shards import is_shard, like, local, local_like, of_whole, whole_shape
+
+_SCALARS = ("step", NORM)
+
+
+def part_of(entry: Any, param: Tensor, name: str) -> Any:
+    """The entry as it is for what of a parameter is here, plain; that of one that is no shard as it is.
+
+    Args:
+        name: what messages call the parameter.
+
+    Raises:
+        ValueError: naming the parameter and what is wrong.
+    """
+    if not (is_shard(param) and isinstance(entry, dict) and has_state(entry)):
+        return entry
+    others = others_of(entry)
+    state = {key: value for key, value in entry.items() if key not in others}
+    if _is_whole(state, param):
+        state = _cut(state, param, name)
+    return {**{key: _here(value, param) for key, value in state.items()}, **others}
+
+
+def _is_whole(state: Entry, param: Tensor) -> bool:
+    """Whether somebody has gathered it."""
+    plain = [value for value in state.values() if isinstance(value, Tensor) and not is_shard(value)]
+    here = local(param).shape
+    return any(value.dim() and value.shape == param.shape != here for value in plain)
+
+
+def _cut(state: Entry, param: Tensor, name: str) -> dict[Any, Any]:
+    """Codes are decoded, for this shard may begin within a block of theirs."""
+    saved = read(state, name, whole_shape(param))
+    parts = {**(saved.moments() if saved.dialect.coded else saved.parts), **saved.kept}
+    return {
+        **{key: value for key, value in state.items() if key in _SCALARS},
+        **{key: of_whole(part, param) for key, part in parts.items()},
+    }
+
+
+def _here(value: Any, param: Tensor) -> Any:
+    return local_like(value, param) if isinstance(value, Tensor) and is_shard(value) else value
+
+
+def put_together(parts: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """What is here, as parts of tensors that are distributed as a shard is, where they have its shape."""
+    if not is_shard(param):
+        return parts
+    here = local(param).shape
+    return {key: like(param, part) if part.shape == here else part for key, part in parts.items()}
