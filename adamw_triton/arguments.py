@@ -164,7 +164,8 @@ def check_unscaled(released: bool, found_inf: Tensor | None, scale: float | Tens
     if released and (found_inf is not None or scale is not None):
         raise RuntimeError(
             "a gradient scaler came with its scale when gradient_release=True had used up the scaled "
-            "gradients: train in bf16, which needs no scaler, or with gradient_release=False"
+            "gradients, in steps that were too large by it: load a checkpoint of the model and of the "
+            "optimizer, and train in bf16, which needs no scaler, or with gradient_release=False"
         )
 
 

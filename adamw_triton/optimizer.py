@@ -300,9 +300,11 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         check_capture(self.capturable, found_inf)
-        scale = getattr(self, "grad_scale", None)
+        if self.gradient_release:
+            self.__dict__.pop("found_inf", None)  # or a later step without a scaler would be refused, too
+            self.__dict__.pop("grad_scale", None)
         check_unscaled(self.gradient_release, found_inf, scale)
         if found_inf is not None and float(found_inf) != 0:
             return loss
@@ -472,8 +474,14 @@ class AdamW(torch.optim.Optimizer):
             with self._whole.commit():
                 masters.load(incoming, self._store.slots)
 
-    def _masters(self) -> checkpoint.Masters:
+    def _check_whole(self) -> None:
+        """Before state or weights are given away: they are of one step."""
         self._whole.check()
+        if self._release is not None:
+            self._release.check()
+
+    def _masters(self) -> checkpoint.Masters:
+        self._check_whole()
         self._store.renew(self.state)
         exact = {id(each.param) for each in self._places.exact(self.param_groups, self.state)}
         return checkpoint.Masters(self.param_groups, self.state, exact)
@@ -490,10 +498,11 @@ class AdamW(torch.optim.Optimizer):
                 cannot gather codes.
 
         Raises:
-            RuntimeError: a step failed halfway and left parameters inconsistent.
+            RuntimeError: a step, or with ``gradient_release`` a backward, failed halfway and left parameters
+                inconsistent.
         """
         writer = checkpoint.Writer(state_format, self._store.slots)
-        self._whole.check()
+        self._check_whole()
         self._store.renew(self.state)
         writing = self.register_state_dict_post_hook(writer, prepend=True)  # before the user's own
         try:
@@ -551,7 +560,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Buffers and tables are rebuilt from ``state`` at the next step.
-        self._whole.check()
+        self._check_whole()
         self._store.renew(self.state)
         state = checkpoint.cut(self.state, self._store.slots)
         kept = {name: getattr(self, name) for name in (*_DECIDED, "_chooser")}
@@ -576,6 +585,7 @@ class AdamW(torch.optim.Optimizer):
             adding = None if sums is None else Adding(self._added, sums.held)
             self._release = Release(self._released, self._join, self._name_of, adding)
             self._release.watch(self.__dict__.get("param_groups", ()))
+            self._step_supports_amp_scaling = True  # so that a gradient scaler shows itself, to be refused
 
     def _spill(self, device: torch.device, nbytes: int) -> int:
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread

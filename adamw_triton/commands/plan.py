@@ -80,7 +80,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     add_option(
         "--accumulate-dtype", metavar="DTYPE",
-        help=f"of sums on the host: {', '.join(DTYPES)} (default: the gradients')",
+        help="of sums on the host: fp32 (default: the gradients')",
     )  # fmt: skip
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
@@ -171,7 +171,7 @@ def check(arguments: argparse.Namespace) -> Question:
     for name, value, allowed in (
         ("--dtype", arguments.dtype, (None, *DTYPES)),
         ("--lora-targets", arguments.lora_targets, TARGETS),
-        ("--accumulate-dtype", arguments.accumulate_dtype, (None, *DTYPES)),
+        ("--accumulate-dtype", arguments.accumulate_dtype, (None, "fp32")),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--prefer", arguments.prefer, ("speed", "exact")),
         ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),

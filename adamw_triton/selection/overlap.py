@@ -57,13 +57,15 @@ def last_share(tensors: Sequence[Tensor]) -> float:
 
 def added(candidate: Candidate, run: Run, each: Pass, link: float, last: float) -> float:
     """Seconds that the state adds to forward and backward. What crosses the link does so beside backward
-    where gradients are released, sums in every one, pages in the last one; updates alone are not hidden."""
+    where gradients are released, sums in every one, pages in the last one; what updates take beyond that is
+    not hidden."""
     if not run.released or not (candidate.paged or run.sums):
         return candidate.seconds
-    sums = run.sums / link
-    pages = (candidate.host_bytes - run.sums) / link if candidate.paged else 0.0
-    before = (run.micro_batches - 1) * max(0.0, sums - each.backward)
-    return before + max(sums + pages - (1 - last) * each.backward, last * (sums + pages))
+    others, sums = run.micro_batches - 1, run.sums / link
+    crossing = sums + ((candidate.host_bytes - run.sums) / link if candidate.paged else 0.0)
+    updates = candidate.seconds - others * sums - crossing
+    left = max(crossing - (1 - last) * each.backward, last * crossing)
+    return others * max(0.0, sums - each.backward) + max(left, updates)
 
 
 def describe(candidate: Candidate, tensors: Sequence[Tensor], run: Run, card: Card) -> str:
@@ -76,6 +78,6 @@ def describe(candidate: Candidate, tensors: Sequence[Tensor], run: Run, card: Ca
     return (
         f"Forward and backward of {run.micro_batches} x {run.tokens:,} tokens take about "
         f"{format_seconds(alone)}, at half of the {card.name}'s {card.flops / 1e12:.0f} Tflop/s. Of the "
-        f"optimizer's {format_seconds(candidate.seconds)}, {beside}{format_seconds(rest)} come on top: "
-        f"{rest / alone:.1%}."
+        f"optimizer's {format_seconds(candidate.seconds)}, {beside}{format_seconds(rest)} come on top"
+        f"{f': {rest / alone:.1%}' if alone else ''}."
     )

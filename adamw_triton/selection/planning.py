@@ -88,6 +88,9 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
+    for name, choice in (("gradient_release", gradient_release), ("checkpointing", checkpointing)):
+        if not isinstance(choice, bool):
+            raise ValueError(f"Invalid {name}: {choice!r}; it must be True or False")
     for name, value in (("accumulation", accumulation), ("tokens", 1 if tokens is None else tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; it must be a whole number >= 1")

@@ -185,14 +185,17 @@ def _share(way: Way, demand: Demand, block_size: int, weights: str) -> _Share:
     budget = max(least, limits.room - sums.staging) if way.filled else None
     placement = place(sizes, way.paged and not limits.shared, budget)
     # Weights are read and written, gradients read, state read and written. Paged state crosses the link, both
-    # ways at once, while pages that are there are updated; so do sums of gradients, in each micro-batch.
+    # ways at once, while pages that are there are updated; so do sums of gradients, before it in each of the
+    # other micro-batches.
     moved = sum(t.numel * (2 * t.dtype.itemsize + t.grad_itemsize) for t in tensors)
     moved += 2 * (placement.resident_bytes + placement.host_bytes)
     pages = pages_of(
         (size for size, paged in zip(sizes, placement.paged, strict=True) if paged), placement.page_bytes
     )
-    crossing = placement.host_bytes + micro_batches * sums.host * (not limits.shared)
+    adding = 0 if limits.shared else sums.host
+    crossing = placement.host_bytes + adding
     seconds = max(moved / limits.bandwidth, crossing / limits.link) + PAGE_SECONDS * pages
+    seconds += (micro_batches - 1) * adding / limits.link
     weight_bytes = sum(nbytes_of_weights(*size) for size in sizes)
     return _Share(budget, placement, seconds, limits, weight_bytes, sums)
 

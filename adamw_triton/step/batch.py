@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from adamw_triton.paging.pager import Arrays, Work
 from adamw_triton.state.buffers import Buffer, Page, Slot, StateBuffer, overwritten, remember
@@ -230,7 +231,9 @@ class Batch:
         return overwritten(self._exact)
 
     def remember(self) -> None:
-        """After a step, what the parameters are."""
+        """After a step, that the parameters were written, of which kernels tell autograd nothing: a graph
+        that saved one of them must not go on with what it is now. And what exact weights are."""
+        increment_version([slot.param for slot in self.slots])
         remember(self._exact)
 
     def count(self, judged: Judged | None = None) -> None:

@@ -14,11 +14,13 @@ backward's end: were it still there in the next one, autograd would add to it fi
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,8 @@ from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
 from adamw_triton.step.buckets import Buckets, shared_out
 from adamw_triton_kernels.tables import stream_of
+
+_log = logging.getLogger("adamw_triton")
 
 _REMEMBERED = 1024
 """Buckets of which it is known what came next."""
@@ -72,8 +76,10 @@ class Release:
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
         self._heard = WeakIdKeyDictionary()
-        """Parameters that have a hook."""
-        self._hooks: list[Any] = []
+        """Parameters that have a hook of ours."""
+        self._hooks: dict[int, Any] = {}
+        """By id of the parameter, what removes it."""
+        self._is_left = False
         self._next: dict[frozenset[int], Sequence[Tensor]] = {}
         """What was stepped after these the last time."""
         self._last: frozenset[int] = frozenset()
@@ -82,12 +88,13 @@ class Release:
         self._running: dict[int, Callable[[], _End | None]] = {}
         """Backwards that have not come to their end, by the engine's number, and what it will call there: it
         drops that when one fails."""
-        self._accumulating = 0
+        self._accumulating = weakref.WeakSet[_Block]()
+        """Blocks that say so; one that an interrupt has left open is over when nobody has it any more."""
         self._is_closing = False
         self._lock = threading.RLock()  # each device has a thread of autograd's
 
     def __del__(self) -> None:
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
 
     def watch(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -96,17 +103,29 @@ class Release:
             for param in group["params"]:
                 can = param.requires_grad and param.is_leaf and not is_lazy(param)
                 if can and param not in self._heard:
+                    self._take_over(param)
                     self._heard[param] = True
-                    self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self)))
+                    self._hooks[id(param)] = param.register_post_accumulate_grad_hook(_Hook(self))
 
-    @contextlib.contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Around backwards that are not the last before a step. (A step ends it, whatever happens.)"""
-        self._accumulating += 1
-        try:
-            yield
-        finally:
-            self._accumulating = max(0, self._accumulating - 1)
+    def _take_over(self, param: Tensor) -> None:
+        """From another optimizer that is still there, which would step it first: the newest one counts."""
+        before = _OF_PARAM[param]() if param in _OF_PARAM else None
+        _OF_PARAM[param] = weakref.ref(self)
+        if before is None:
+            return
+        before._hooks.pop(id(param)).remove()
+        del before._heard[param]
+        if not before._is_left:
+            before._is_left = True
+            _log.warning(
+                "gradient_release: %s belongs to an optimizer made before, which is still referenced: from "
+                "now on the new one alone steps it during backward, and whatever else both have",
+                before._called(param),
+            )
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Around backwards that are not the last before a step."""
+        return _Block(self._accumulating)
 
     @_disable_dynamo
     def arrived(self, param: Tensor) -> None:
@@ -171,6 +190,8 @@ class Release:
                     f"and so have {len(again) - 1} more: somebody puts them back, as DDP does. Make the "
                     "optimizer with gradient_release=False, or the model without DDP"
                 )
+            if left and not self._accumulating and not _syncs():
+                _say_kept()
             with DeferredInterrupt():  # or what is stepped would not count as that
                 self._is_closing = True
                 self._step(left)
@@ -199,7 +220,6 @@ class Release:
         self._held.clear()
         self._last = frozenset()
         self._running.clear()
-        self._accumulating = 0
         self._is_closing = False
 
     def _step(self, params: Sequence[Tensor]) -> None:
@@ -248,6 +268,15 @@ class Release:
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(end)
 
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: a backward has failed, and neither has been given up what it left nor the step.
+        """
+        with self._lock:
+            if (self._ahead or self._held) and self._running.keys() - self._alive():
+                raise RuntimeError(self._failed())
+
     def _alive(self) -> set[int]:
         """Backwards that run: this one, and those that it runs within."""
         return {task for task, end in self._running.items() if end() is not None}
@@ -294,6 +323,23 @@ class Release:
         )
 
 
+class _Block(AbstractContextManager[None]):
+    """Open while it is in the set."""
+
+    def __init__(self, of: weakref.WeakSet[_Block]) -> None:
+        self._of = of
+
+    def __enter__(self) -> None:
+        self._of.add(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._of.discard(self)
+
+
+_OF_PARAM = WeakIdKeyDictionary()
+"""By parameter, the release that hears of it, weakly."""
+
+
 class _End:
     """What autograd calls at the end of a backward."""
 
@@ -337,6 +383,15 @@ def _syncs() -> bool:
     if accelerate is None or not accelerate.GradientState._shared_state:
         return True
     return bool(accelerate.GradientState().sync_gradients)
+
+
+@functools.cache
+def _say_kept() -> None:
+    _log.warning(
+        "gradient_release: gradients were kept until step(), for accelerate says that their backward was not "
+        "the last before it (GradientState().sync_gradients is False), as an interrupted Trainer leaves it; "
+        "accelerate.state.GradientState._reset_state() clears it"
+    )
 
 
 def _check_alone() -> None:

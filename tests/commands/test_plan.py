@@ -262,7 +262,7 @@ REFUSED = {
     "--params 7e9 --gpu T4 --accumulate-on disk": "--accumulate-on must be gpu or host, not 'disk'",
     "--params 7e9 --gpu T4 --accumulate-on host": "--accumulate-on host needs --release",
     "--params 7e9 --gpu T4 --accumulate-dtype fp32": "--accumulate-dtype needs --accumulate-on host",
-    "--params 7e9 --gpu T4 --accumulate-dtype fp8": "--accumulate-dtype must be fp32 or bf16 or fp16, not",
+    "--params 7e9 --gpu T4 --accumulate-dtype fp8": "--accumulate-dtype must be fp32, not 'fp8'",
     "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
     "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
     "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",

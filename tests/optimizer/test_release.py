@@ -356,17 +356,6 @@ def test_a_closure_that_calls_backward_is_a_step() -> None:
     assert bits(list(models[0].parameters())) == bits(list(models[1].parameters()))
 
 
-def test_a_step_ends_what_accumulates() -> None:
-    """So that nothing accumulates for ever, where an interrupt has left the context open."""
-    model, optimizer = tower()
-    context = optimizer.accumulating()
-    context.__enter__()
-    model(torch.ones(2, 100)).sum().backward()
-    optimizer.step()
-    model(torch.ones(2, 100)).sum().backward()
-    assert all(p.grad is None for p in list(model.parameters())[4:])
-
-
 def test_what_is_thawed_or_added_later() -> None:
     model = tower()[0]
     model[0].requires_grad_(False)
@@ -426,14 +415,6 @@ def test_an_optimizer_that_is_gone_steps_nothing() -> None:
 def test_what_cannot_be_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdamW([torch.ones(3, requires_grad=True)], **{"gradient_release": True, **settings})
-
-
-def test_a_gradient_scaler_is_refused() -> None:
-    model, optimizer = tower()
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.ones(2, 100)).sum()).backward()
-    with pytest.raises((RuntimeError, AssertionError), match=r"gradient scaler|inf checks"):
-        scaler.step(optimizer)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
