@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,28 +28,59 @@ def llama(dtype: torch.dtype = torch.float32, **sizes: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).to(dtype)
 
 
-def sharded(model: nn.Module, **how: Any) -> nn.Module:
-    """By FSDP2, layer by layer."""
+def sharded(model: nn.Module, mesh: tuple[int, ...] | None = None) -> nn.Module:
+    """By FSDP2, layer by layer; of two dimensions of the mesh, the first has replicas."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    names = ("replicas", "shards")
+    how = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=names)}
     for layer in model.model.layers:
         fully_shard(layer, **how)
     fully_shard(model, **how)
     return model
 
 
+def by_tensors(model: nn.Module) -> nn.Module:
+    """Tensor parallel: rows of some matrices, columns of others."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+        parallelize_module(layer.mlp, mesh, plan)
+    return model
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "whole": lambda model: model,
+    "shards": sharded,
+    "replicas of shards": lambda model: sharded(model, (2, dist.get_world_size() // 2)),
+    "tensors": by_tensors,
+}
+
+
 def batch(step: int) -> Tensor:
     """The same one on all ranks: gradients are averaged to the bits of one process, for ranks are 2 or 4."""
-    return torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(step))
+    return torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(step))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    accumulation: int = 1,
+    scale: float = 1.0,
+) -> list[float]:
     """The losses."""
     losses = []
     for step in steps:
-        loss = model(input_ids=batch(step), labels=batch(step)).loss
-        loss.backward()
-        losses.append(float(loss.detach()))
+        for part in range(accumulation):
+            given = batch(accumulation * step + part)
+            loss = model(input_ids=given, labels=given).loss * (scale / accumulation)
+            loss.backward()
+            losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
     return losses
@@ -62,17 +94,36 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
 
 
-def trained(arguments: dict[str, Any], dtype: torch.dtype, steps: int, shard: bool) -> Any:
-    """Losses and weights of a run."""
-    model = llama(dtype)
-    if shard:
-        sharded(model)
-    optimizer = adamw_triton.AdamW(model.parameters(), lr=1e-3, **arguments)
-    losses = train(model, optimizer, range(steps))
-    return losses, weights(model)
+class Case(NamedTuple):
+    """One run."""
+
+    arguments: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    sizes: dict[str, Any] | None = None
+    accumulation: int = 1
+    scale: float = 1.0
+    """Of the loss: fp16 loses small gradients when ranks average them."""
+    optimizer: Callable[..., Any] = adamw_triton.AdamW
 
 
-def of_cases(cases: list[tuple[dict[str, Any], torch.dtype, int]]) -> list[Any]:
-    """Sharded, one after the other in the same processes."""
-    found = [trained(arguments, dtype, steps, True) for arguments, dtype, steps in cases]
+class Run(NamedTuple):
+    """What became of it."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    norm: float | None
+    """Of the last gradients."""
+
+
+def trained(case: Case, way: str, steps: int) -> Run:
+    model = WAYS[way](llama(case.dtype, **case.sizes or {}))
+    optimizer = case.optimizer(model.parameters(), lr=1e-3, **case.arguments)
+    losses = train(model, optimizer, range(steps), case.accumulation, case.scale)
+    norm = getattr(optimizer, "grad_norm", None)
+    return Run(losses, weights(model), None if norm is None else float(norm))
+
+
+def of_cases(cases: list[Case], way: str, steps: int) -> list[Run]:
+    """One after the other in the same processes."""
+    found = [trained(case, way, steps) for case in cases]
     return found if dist.get_rank() == 0 else []

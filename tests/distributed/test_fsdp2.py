@@ -1,0 +1,82 @@
+"""Sharded parameters are stepped to the bits of one process: all ranks have the same batch, and there are 2
+or 4 of them, so that their gradients' average is the gradient."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.ranks import together
+from tests.distributed.training import Case, Run, of_cases, trained
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+STEPS = int(os.environ.get("ADAMW_TRITON_STEPS", "6"))
+BF16, FP16 = torch.bfloat16, torch.float16
+EXACT: dict[str, Any] = {"master_weights": True}
+CASES = {
+    "32bit": Case({"variant": "32bit"}),
+    "8bit": Case({"variant": "8bit"}),
+    "8bit, uneven": Case({"variant": "8bit"}, sizes={"vocab_size": 250, "intermediate_size": 254}),
+    "paged 8bit": Case({"variant": "paged_8bit"}),
+    "auto": Case({"variant": "auto"}),
+    "paged 32bit, exact": Case({"variant": "paged_32bit", **EXACT}, BF16),
+    "8bit, exact": Case({"variant": "8bit", **EXACT}, BF16),
+    "8bit, stochastic": Case({"variant": "8bit", "stochastic_rounding": True}, BF16),
+    "8bit, fp16 exact, accumulated": Case({"variant": "8bit", **EXACT}, FP16, accumulation=3, scale=512.0),
+    "8bit, skipping": Case({"variant": "8bit", "nonfinite": "skip"}),
+}
+CLIPPED = {
+    "32bit, clipped": Case({"variant": "32bit", "max_grad_norm": 0.5}),
+    "32bit, each clipped": Case({"variant": "32bit", "max_grad_norm": 1.0, "adaptive_clip": 1.05}),
+}
+
+
+@functools.cache
+def runs(way: str, world: int) -> dict[str, Run]:
+    cases = CASES | CLIPPED
+    return dict(zip(cases, together(world, of_cases, list(cases.values()), way, STEPS)[0], strict=True))
+
+
+@functools.cache
+def alone(name: str) -> Run:
+    return trained((CASES | CLIPPED)[name], "whole", STEPS)
+
+
+WAYS = [("shards", 2), ("replicas of shards", 4)]
+
+
+@pytest.mark.parametrize(("way", "world"), WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_bits_of_one_process(name: str, way: str, world: int) -> None:
+    found, expected = runs(way, world)[name], alone(name)
+    assert found.losses == expected.losses
+    for key, weight in expected.weights.items():
+        assert torch.equal(found.weights[key], weight), key
+
+
+@pytest.mark.parametrize(("way", "world"), WAYS)
+@pytest.mark.parametrize("name", CLIPPED)
+def test_norms_are_those_of_whole_gradients(name: str, way: str, world: int) -> None:
+    """But for the order of their sums; what is on several ranks counts once."""
+    found, expected = runs(way, world)[name], alone(name)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-6)
+    for key, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[key], weight, rtol=0, atol=1e-6, msg=key)
+
+
+def test_tensor_parallel() -> None:
+    """Rows of some matrices, columns of others, as torch's AdamW has them there: the forward itself adds in
+    another order than one process does."""
+    torchs = Case({}, optimizer=torch.optim.AdamW)
+    cases = [torchs, CASES["32bit"], CASES["8bit"], CASES["paged 32bit, exact"]]
+    expected, ours, coded, exact = together(2, of_cases, cases, "tensors", STEPS)[0]
+    for key, weight in expected.weights.items():
+        torch.testing.assert_close(ours.weights[key], weight, rtol=0, atol=1e-6, msg=key)
+    assert coded.losses == pytest.approx(expected.losses, rel=1e-2)
+    assert exact.losses == pytest.approx(expected.losses, rel=1e-2)
