@@ -20,6 +20,7 @@ from adamw_triton.arguments import as_number
 from adamw_triton.checkpoint.dialects import DIALECTS, NOT_OURS, OTHERS, Dialect, Part
 from adamw_triton.state.buffers import NORM
 from adamw_triton.state.formats import KEPT, Format, Moments, as_real, is_dense
+from adamw_triton_kernels.work import REMAINDER
 
 Entry = Mapping[Any, Any]
 
@@ -188,12 +189,18 @@ def _flatten(entry: Entry) -> dict[str, Any]:
             continue
         if key == _BITSANDBYTES_WRAPPER and isinstance(value, Mapping):
             parts.update(value)
+        elif key == REMAINDER and _is_pairs(value):  # of shards
+            parts[key] = value.contiguous().view(torch.int16).squeeze(-1)
         elif isinstance(value, Tensor) and hasattr(value, "codes"):  # a quantized subclass
             found = {part: getattr(value, part) for part in _TORCHAO_PARTS if hasattr(value, part)}
             parts.update({f"{key}.{part}": tensor for part, tensor in found.items()})
         else:
             parts[key] = value
     return parts
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.uint8 and value.shape[-1:] == (2,)
 
 
 def _went_elsewhere(kept: Any, part: Part) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
 from adamw_triton.state.buffers import NORM
 from adamw_triton.state.shards import is_shard, like, local, local_like, of_whole, whole_shape
+from adamw_triton_kernels.work import REMAINDER
 
 _SCALARS = ("step", NORM)
 
@@ -50,6 +52,15 @@ def _cut(state: Entry, param: Tensor, name: str) -> dict[Any, Any]:
 
 def _here(value: Any, param: Tensor) -> Any:
     return local_like(value, param) if isinstance(value, Tensor) and is_shard(value) else value
+
+
+def as_bytes(entry: dict[Any, Any], param: Tensor) -> dict[Any, Any]:
+    """With the remainders of a shard as pairs of bytes, which can be gathered: no collective takes int16."""
+    kept = entry.get(REMAINDER)
+    if not (is_shard(param) and isinstance(kept, Tensor)):
+        return entry
+    pairs = local(kept).unsqueeze(-1).view(torch.uint8)
+    return {**entry, REMAINDER: like(param, pairs, torch.Size([*param.shape, 2]))}
 
 
 def put_together(parts: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
-from adamw_triton.checkpoint.parts import part_of, put_together
+from adamw_triton.checkpoint.parts import as_bytes, part_of, put_together
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
 from adamw_triton.state.shards import is_shard
@@ -60,8 +60,10 @@ class Writer:
         for key, (param, name) in zip(keys, params, strict=True):
             if param in shown:
                 entry = state[key] = shown[param]
-                if has_state(entry) and not param.is_meta and self._is_portable(param, entry):
-                    state[key] = {**_portable(entry, param, name), **others_of(entry)}
+                if has_state(entry) and not param.is_meta:
+                    if self._is_portable(param, entry):
+                        entry = {**_portable(entry, param, name), **others_of(entry)}
+                    state[key] = as_bytes(entry, param)
         version = {} if self.state_format == "portable" else {VERSION_KEY: VERSION}
         return {**state_dict, "state": state, **version}
 
@@ -127,7 +129,8 @@ def views_of(slots: Iterable[Slot]) -> dict[int, dict[str, Any]]:
 
 def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
     """Neighbours in a buffer, of at most ``_SHARED`` elements together, or one alone. ``torch.save`` takes no
-    storage for numbers of two types, so complex ones are apart from real ones."""
+    storage for numbers of two types, so complex ones are apart from real ones; and ``dcp.async_save`` takes a
+    DTensor for memory where what it has here does not begin its storage, so each shard is alone."""
     of_buffer: dict[StateBuffer, list[Slot]] = defaultdict(list)
     for slot in slots:
         of_buffer[slot.buffer].append(slot)
@@ -139,6 +142,7 @@ def _runs(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
                 slot.index != before.index + 1
                 or slot.start + slot.numel - run[0].start > _SHARED
                 or slot.param.is_complex() != before.param.is_complex()
+                or is_shard(slot.param)
             ):
                 yield run
                 run = []

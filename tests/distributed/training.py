@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,33 @@ def llama(dtype: torch.dtype = torch.float32, **sizes: Any) -> nn.Module:
 
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).to(dtype)
+
+
+class Blocks(nn.Module):
+    """Less to import than a Llama, and of the same parts."""
+
+    def __init__(self, vocab_size: int = 256, hidden_size: int = 128, intermediate_size: int = 256) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.embed = nn.Embedding(vocab_size, hidden_size)
+        self.model.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(hidden_size),
+                nn.Linear(hidden_size, intermediate_size),
+                nn.GELU(),
+                nn.Linear(intermediate_size, hidden_size),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        for layer in self.model.layers:
+            x = x + layer(x)
+        logits = self.head(x[:, :-1]).flatten(0, 1).float()
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels[:, 1:].flatten()))
 
 
 def sharded(model: nn.Module, mesh: tuple[int, ...] | None = None) -> nn.Module:

@@ -1,0 +1,98 @@
+"""State follows the shards: saved by some ranks, loaded by more or fewer, or by one process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.ranks import together
+from tests.distributed.saving import gather, gathered, load, made, save, scatter
+from tests.distributed.training import Case
+
+pytestmark = pytest.mark.slow
+
+EXACT: dict[str, Any] = {"master_weights": True}
+CASES = {
+    "32bit": Case({"variant": "32bit"}),
+    "paged 8bit": Case({"variant": "paged_8bit"}),
+    "auto": Case({"variant": "auto"}),
+    "8bit, exact": Case({"variant": "8bit", **EXACT}, torch.bfloat16),
+    "paged 8bit, fp16 exact": Case({"variant": "paged_8bit", "adaptive_clip": 1.05, **EXACT}, torch.float16),
+}
+WORLDS = [1, 2, 3, 4] if "ADAMW_TRITON_STEPS" in os.environ else [1, 3]
+"""Each takes seconds to begin: all with more time."""
+ODD = Case({"variant": "8bit"}, sizes={"hidden_size": 96, "intermediate_size": 200, "vocab_size": 257})
+"""Rows that are no whole blocks: their codes depend on the number of ranks."""
+
+
+@functools.cache
+def saved(world: int, later: bool = False) -> tuple[str, list[dict[str, Any]]]:
+    folder = tempfile.mkdtemp()
+    return folder, together(world, save, [*CASES.values(), ODD], "shards", folder, later)[0]
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
+
+
+def check_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To the error of codes that were decoded and encoded in other blocks."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if "exp_avg" in key:
+            error = (found[key] - value).norm() / value.norm().clamp(min=1e-30)
+            assert error < 0.05, (key, error)
+        else:
+            assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_of_four_ranks_by_any_number(world: int) -> None:
+    """Codes too, for rows are whole blocks; others are saved as fp32."""
+    folder, expected = saved(4)
+    found = together(world, load, [*CASES.values(), ODD], "shards", folder)[0]
+    for one, other in zip(found[:-1], expected[:-1], strict=True):
+        assert any("codes" in key for key in other) or not any("codes" in key for key in one)
+        check_equal(one, other)
+    assert not any("codes" in key for key in expected[-1])
+    check_close(found[-1], expected[-1])
+
+
+def test_what_is_saved_while_training_goes_on() -> None:
+    folder, expected = saved(2, later=True)
+    for one, other in zip(
+        together(2, load, list(CASES.values()), "shards", folder)[0], expected[:-1], strict=True
+    ):
+        check_equal(one, other)
+
+
+def test_gathered_and_handed_out_again() -> None:
+    """By torch's own options; the whole state dict is one of a single process, too."""
+    cases = [*CASES.values(), ODD]
+    whole = together(2, gather, cases, "shards")[0]
+    states = [state for state, _ in whole]
+    for by_torch in (True, False):
+        found = together(2, scatter, cases, "shards", states, by_torch)[0]
+        for index, (one, (_, expected)) in enumerate(zip(found, whole, strict=True)):
+            ours = {key: value for key, value in one.items() if "exp_avg" in key or "step" in key}
+            theirs = {key: expected[key] for key in ours}
+            exact = index < len(CASES) and by_torch
+            check_equal(ours, theirs) if exact or "32bit" in str(cases[index]) else None
+    for case, (state, expected) in zip(cases, whole, strict=True):
+        model, optimizer = made(case, "whole")
+        names = [name for name, _ in model.named_parameters()]
+        numbered = {number: state["state"][name] for number, name in enumerate(names)}
+        own = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": own})
+        found = gathered(model, optimizer)
+        for key, value in found.items():
+            if "codes" in key and key in expected:
+                assert torch.equal(value, expected[key]), key
