@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from adamw_triton.checkpoint.entries import read
+from adamw_triton.checkpoint.parts import part_of
 from adamw_triton.state.buffers import Slot, State, remember
 from adamw_triton.state.formats import KEPT, kept_with
+from adamw_triton.state.shards import like, local, part
 from adamw_triton_kernels import weights
 from adamw_triton_kernels.work import REMAINDER
 
@@ -150,21 +152,22 @@ class Masters:
         return entry.get(name) if name and isinstance(entry, Mapping) else None
 
     def _exact(self, param: Tensor, device: torch.device) -> Tensor:
-        kept, value = self._kept(param), param.detach()
+        kept, value = self._kept(param), local(param.detach())
         name = kept_with(param.dtype)
         if kept is None or name is None:
             dtype = value.dtype if value.is_complex() else torch.float32
-            return value.to(device, dtype, copy=True)
-        return weights.read(value.to(device), [kept.to(device)], name)
+            return like(param, value.to(device, dtype, copy=True))
+        return like(param, weights.read(value.to(device), [local(kept).to(device)], name))
 
     def _write(self, param: Tensor, value: Tensor) -> None:
         """Worked out on the host, so that a GPU needs no room for it."""
         entry, name = self.state[param], kept_with(param.dtype)
         assert name is not None
         if name not in entry:  # of another optimizer, without a place yet
-            like = read(entry, "parameter").elements
-            entry[name] = torch.empty_like(like, dtype=KEPT[name].dtype, device=_HOST)
-        weights.write(value.detach().to(_HOST, torch.float32), param, [entry[name]], name)
+            similar = read(part_of(entry, param, "parameter"), "parameter").elements
+            entry[name] = torch.empty_like(similar, dtype=KEPT[name].dtype, device=_HOST)
+        value = part(value.detach(), param).to(_HOST, torch.float32)
+        weights.write(value, local(param), [local(entry[name])], name)
 
 
 def _check(value: object, target: Tensor, name: str) -> None:

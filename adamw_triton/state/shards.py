@@ -85,6 +85,13 @@ def of_whole(whole: Tensor, param: Tensor) -> Tensor:
     return whole
 
 
+def part(tensor: Tensor, param: Tensor) -> Tensor:
+    """Of a tensor of a parameter's shape, distributed or whole, what goes with what of that is here."""
+    if is_shard(param) and not is_shard(tensor):
+        return of_whole(tensor, param)
+    return local_like(tensor, param)
+
+
 def _within(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     """Of a shard: its sizes, and where in the whole it begins."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -92,6 +92,22 @@ def gather(cases: list[Case], way: str) -> list[Any]:
     return found if dist.get_rank() == 0 else []
 
 
+def masters(case: Case, way: str, whole_too: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Exact weights, in whole, after they have been loaded once more: as they are, or from whole ones."""
+    model, optimizer = made(case, way)
+    train(model, optimizer, range(SAVED))
+    given = optimizer.master_state_dict(model) if whole_too is None else whole_too
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    optimizer.load_master_state_dict(model, given)
+    train(model, optimizer, range(SAVED, SAVED + 1))
+    found = {name: whole(value) for name, value in optimizer.master_state_dict(model).items()}
+    name, one = next(model.named_parameters())
+    assert torch.equal(whole(optimizer.master_weight(one)), found[name])
+    return found
+
+
 def scatter(cases: list[Case], way: str, states: list[Any], by_torch: bool) -> list[dict[str, Any]]:
     """The way back, by torch, or as it is: every rank takes its part."""
     found = []

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed.ranks import together
-from tests.distributed.saving import gather, gathered, load, made, save, scatter
-from tests.distributed.training import Case
+from tests.distributed.saving import SAVED, gather, gathered, load, made, masters, save, scatter
+from tests.distributed.training import Case, train
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,16 @@ def test_what_is_saved_while_training_goes_on() -> None:
         together(2, load, list(CASES.values()), "shards", folder)[0], expected[:-1], strict=True
     ):
         check_equal(one, other)
+
+
+def test_exact_weights_in_fp32() -> None:
+    """To the bits of one process, out and in again, also from what somebody gathered."""
+    case = CASES["8bit, exact"]
+    expected = masters(case, "whole")
+    model, optimizer = made(case, "whole")
+    train(model, optimizer, range(SAVED))
+    for whole in (None, optimizer.master_state_dict(model)):
+        check_equal(together(2, masters, case, "shards", whole)[0], expected)
 
 
 def test_gathered_and_handed_out_again() -> None:
