@@ -27,6 +27,12 @@ def is_shard(tensor: Tensor) -> bool:
     return found is not None and isinstance(tensor, found)
 
 
+def any_shard(tensors: Sequence[Tensor]) -> bool:
+    """Of all that are stepped this is asked in every step."""
+    found = _class()
+    return found is not None and any(issubclass(kind, found) for kind in set(map(type, tensors)))
+
+
 def local(tensor: Tensor) -> Tensor:
     """What is here: the memory of a shard, any other tensor as it is."""
     if not is_shard(tensor):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.memory.overlaps import Ranges, share_memory, span
-from adamw_triton.state.shards import is_shard, local, local_like
+from adamw_triton.state.shards import any_shard, local, local_like
 from adamw_triton.tensors import check_grad, check_param, name_of
 
 Groups = Sequence[Mapping[str, Any]]
@@ -63,7 +63,7 @@ class Stepped:
                     grads.append(grad)
             counts.append(len(params) - before)
         owners = params
-        if any(map(is_shard, owners)):
+        if any_shard(owners):
             grads = list(map(local_like, grads, owners))
             params = list(map(local, owners))
         try:

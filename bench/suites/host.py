@@ -4,14 +4,19 @@ On a GPU: seconds until ``step()`` returns, of LoRA adapters, with the GPU idle 
 run. On a CPU every optimizer steps on tensors of one element, so that what is timed is Python, dispatch and
 bookkeeping. Ours takes its Triton path there up to the launch itself, which is left out: there is nothing to
 launch on. torch's run whole, where a foreach operation over such tensors is a loop in C++.
+
+The same of parameters as FSDP2 has them, DTensors, in a process group of one: no step of theirs communicates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +26,8 @@ from bench import suite, workloads
 from bench.report import Cell, Table, number
 
 COUNTS = (30, 100, 300, 1000)
+SHARDS = 512
+"""About the parameters of an 8B model, and its biases."""
 OURS = {"cpu": "adamw_triton, without its launch", "cuda": "adamw_triton"}
 FOREACH, FUSED, LOOP = "torch foreach", "torch fused", "torch, a loop over tensors"
 Build = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
@@ -49,6 +56,34 @@ def tensors(count: int, device: str) -> list[torch.Tensor]:
     if device == "cuda":
         return workloads.tensors(workloads.lora(count), torch.bfloat16, device, 0)
     return workloads.tensors([(1,)] * count, torch.float32, device, 0)
+
+
+def as_shards(params: Sequence[torch.Tensor], device: str) -> list[torch.Tensor]:
+    """The same parameters and gradients as DTensors."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh(device, (1,))
+    found = []
+    for param in params:
+        shard = torch.nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))
+        assert param.grad is not None
+        shard.grad = distribute_tensor(param.grad, mesh, [Shard(0)])
+        found.append(shard)
+    return found
+
+
+@contextlib.contextmanager
+def alone(device: str) -> Iterator[None]:
+    """In a process group of one."""
+    from torch import distributed
+
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group(backend, init_method=f"file://{folder}/one", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
 
 
 def leave_out_the_launch() -> None:
@@ -84,9 +119,9 @@ def record(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def tables(medians: dict[int, dict[str, float]], device: str) -> list[Table]:
+def tables(medians: dict[str, dict[str, float]], device: str) -> list[Table]:
     """Microseconds, and ratios to ours."""
-    columns = ["optimizer", *(f"{count} tensors" for count in medians)]
+    columns = ["optimizer", *medians]
     micro: list[list[Cell | str]] = []
     ratio: list[list[Cell | str]] = []
     for name in builders(device):
@@ -116,12 +151,19 @@ def main(argv: Sequence[str]) -> int:
         leave_out_the_launch()
         torch.set_num_threads(1)  # one-element tensors: more would only wait for each other
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    medians: dict[int, dict[str, float]] = {}
+    medians: dict[str, dict[str, float]] = {}
     data: dict[str, Any] = {"rounds": rounds, "seconds": {}}
-    for count in COUNTS[:2] if options.quick else COUNTS:
-        made = {name: build(tensors(count, device)) for name, build in builders(device).items()}
+
+    def measure(what: str, key: str, make: Callable[[], list[torch.Tensor]]) -> None:
+        made = {name: build(make()) for name, build in builders(device).items()}
         found = seconds(made, rounds, wait)
-        medians[count] = {name: statistics.median(values) for name, values in found.items()}
-        data["seconds"][str(count)] = record(found)
+        medians[what] = {name: statistics.median(values) for name, values in found.items()}
+        data["seconds"][key] = record(found)
+
+    for count in COUNTS[:2] if options.quick else COUNTS:
+        measure(f"{count} tensors", str(count), partial(tensors, count, device))
+    with alone(device):
+        params = tensors(SHARDS, device)
+        measure(f"{SHARDS} DTensors", f"{SHARDS} DTensors", partial(as_shards, params, device))
     suite.finish("host", argv, options, tables(medians, device), data)
     return 0
