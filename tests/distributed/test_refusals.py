@@ -1,0 +1,77 @@
+"""What cannot be done with shards is said by name; what is done with them between steps changes no bits."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adamw_triton
+from tests.distributed.ranks import together
+from tests.distributed.saving import gathered, made
+from tests.distributed.training import Case, train
+
+pytestmark = pytest.mark.slow
+
+
+def said(call: Any, *arguments: Any) -> str:
+    try:
+        call(*arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def refusals() -> dict[str, str]:
+    from torch.distributed.tensor import DTensor, Partial
+
+    model, optimizer = made(Case({"variant": "8bit"}), "shards")
+    train(model, optimizer, range(2))
+    param: Any = next(model.parameters())
+    sums = nn.Parameter(DTensor.from_local(torch.ones(4, 4), param.device_mesh, [Partial()]))
+    _, whole = made(Case({"variant": "8bit"}), "whole")
+    found = {
+        "state into whole": said(whole.load_state_dict, optimizer.state_dict()),
+        "partial": said(adamw_triton.AdamW, [sums]),
+    }
+    param.grad = torch.zeros(param.shape)
+    return found | {"gradient": said(optimizer.step)}
+
+
+def test_what_cannot_be() -> None:
+    found = together(2, refusals)[0]
+    assert "exp_avg is a DTensor, not a plain tensor: gather it first" in found["state into whole"]
+    assert "parameter 0 of group 0 is a DTensor of partial sums" in found["partial"]
+    assert "has shape (128,), the parameter (64,)" in found["gradient"]
+
+
+def between_steps(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two runs come to, of which one is left alone."""
+    found = []
+    for disturbed in (False, True):
+        model, optimizer = made(Case({"variant": variant}), "shards")
+        for step in range(4):
+            train(model, optimizer, range(step, step + 1))
+            if disturbed and step == 0:
+                optimizer.offload()
+            elif disturbed and step == 1:
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer.load_state_dict(torch.load(file, weights_only=True))
+            elif disturbed:
+                pickle.dump(optimizer, io.BytesIO())
+        found.append(gathered(model, optimizer))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("variant", ["paged_8bit"])
+def test_between_steps(variant: str) -> None:
+    for alone, disturbed in together(2, between_steps, variant):
+        assert alone.keys() == disturbed.keys()
+        for key, value in alone.items():
+            assert torch.equal(value, disturbed[key]), key
