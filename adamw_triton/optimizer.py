@@ -262,7 +262,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_keys(group, len(self.param_groups) - 1)
+            check_keys(group, len(self.param_groups) - 1, vars(self))
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
                 name = name_of(group, len(self.param_groups) - 1, index)
