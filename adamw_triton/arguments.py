@@ -255,9 +255,9 @@ def check_keys(group: Mapping[str, Any], group_index: int, given: Mapping[str, A
                 raise ValueError(f"{says}: pass it to AdamW; a group may set state_bits (8 or 32)")
             if key in _OF_ALL_GRADIENTS and group[key] not in (None, NONFINITE[0]):
                 raise ValueError(
-                    f"{says}. Under ZeroRedundancyOptimizer it cannot be given at all, for each rank would go "
-                    "by the gradients of its own parameters alone: call torch.nn.utils.clip_grad_norm_ before "
-                    "step(), with error_if_nonfinite=True if need be"
+                    f"{says}. Under ZeroRedundancyOptimizer it cannot be given at all, for each rank would "
+                    "go by the gradients of its own parameters alone: call torch.nn.utils.clip_grad_norm_ "
+                    "before step(), with error_if_nonfinite=True if need be"
                 )
         meant = difflib.get_close_matches(str(key), _OF_A_GROUP, n=1, cutoff=0.85)
         if meant and key not in _OF_A_GROUP:
