@@ -238,12 +238,12 @@ def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable:
         )
 
 
-def check_keys(group: Mapping[str, Any], group_index: int, given: Mapping[str, Any]) -> None:
+def check_keys(group: Mapping[str, Any], group_index: int, optimizer: object) -> None:
     """What a new group sets. Frameworks keep keys of their own there, so unknown ones are left alone; but for
     those of which somebody expects an effect.
 
     Args:
-        given: the optimizer's own arguments. ZeroRedundancyOptimizer repeats them all in every group.
+        optimizer: has its own arguments as attributes. ZeroRedundancyOptimizer repeats them in every group.
 
     Raises:
         ValueError: a key is an argument of the whole optimizer, which was given another.
@@ -251,7 +251,7 @@ def check_keys(group: Mapping[str, Any], group_index: int, given: Mapping[str, A
     for key in group:
         if key in OF_THE_OPTIMIZER:
             says = f"group {group_index} sets {key}={group[key]!r}, which is of the whole optimizer"
-            if group[key] != given[key]:
+            if group[key] != getattr(optimizer, key):
                 raise ValueError(f"{says}: pass it to AdamW; a group may set state_bits (8 or 32)")
             if key in _OF_ALL_GRADIENTS and group[key] not in (None, NONFINITE[0]):
                 raise ValueError(
