@@ -68,7 +68,7 @@ def test_arguments_of_the_optimizer_are_none_of_a_group(key: str) -> None:
 
 
 def test_a_group_may_repeat_what_the_optimizer_was_given() -> None:
-    """As ZeroRedundancyOptimizer does; but not what goes by all gradients: ranks have a part of them there."""
+    """As ZeroRedundancyOptimizer does. What goes by all gradients it may not: ranks have a part of them."""
     group = {"params": parameters(), "variant": "8bit", "nonfinite": "propagate"}
     optimizer = AdamW([group], variant="8bit")
     train(optimizer, 1)
