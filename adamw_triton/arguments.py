@@ -40,6 +40,7 @@ OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
     "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release", "accumulate_on", "accumulate_dtype",
 )  # fmt: skip
+_OF_ALL_GRADIENTS = ("max_grad_norm", "nonfinite")
 NONFINITE = ("propagate", "skip", "raise")
 """What becomes of a step whose gradients are not all finite."""
 ACCUMULATE_ON = ("gpu", "host")
@@ -237,19 +238,27 @@ def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable:
         )
 
 
-def check_keys(group: Mapping[str, Any], group_index: int) -> None:
+def check_keys(group: Mapping[str, Any], group_index: int, optimizer: object) -> None:
     """What a new group sets. Frameworks keep keys of their own there, so unknown ones are left alone; but for
     those of which somebody expects an effect.
 
+    Args:
+        optimizer: has its own arguments as attributes. ZeroRedundancyOptimizer repeats them in every group.
+
     Raises:
-        ValueError: a key is an argument of the whole optimizer.
+        ValueError: a key is an argument of the whole optimizer, which was given another.
     """
     for key in group:
         if key in OF_THE_OPTIMIZER:
-            raise ValueError(
-                f"group {group_index} sets {key}={group[key]!r}, which is of the whole optimizer: pass it to "
-                "AdamW; a group may set state_bits (8 or 32)"
-            )
+            says = f"group {group_index} sets {key}={group[key]!r}, which is of the whole optimizer"
+            if group[key] != getattr(optimizer, key):
+                raise ValueError(f"{says}: pass it to AdamW; a group may set state_bits (8 or 32)")
+            if key in _OF_ALL_GRADIENTS and group[key] not in (None, NONFINITE[0]):
+                raise ValueError(
+                    f"{says}. Under ZeroRedundancyOptimizer it cannot be given at all, for each rank would "
+                    "go by the gradients of its own parameters alone: call torch.nn.utils.clip_grad_norm_ "
+                    "before step(), with error_if_nonfinite=True if need be"
+                )
         meant = difflib.get_close_matches(str(key), _OF_A_GROUP, n=1, cutoff=0.85)
         if meant and key not in _OF_A_GROUP:
             warnings.warn(

@@ -111,7 +111,8 @@ class AdamW(torch.optim.Optimizer):
             Inf.
 
             All three look at the gradients that this optimizer has. Where each rank has its own, norms are of
-            a part: what FSDP (version 1) has flattened is refused, of ZeRO's partitions nothing is known.
+            a part: what FSDP (version 1) has flattened is refused, and under ZeroRedundancyOptimizer all but
+            ``adaptive_clip``; of other engines' partitions nothing is known.
         gradient_release: step parameters while backward runs, some 64 MiB of gradients at a time, and free
             these: they never are there all at once. What comes out is the same to the bit. ``step()`` closes
             the step; hyperparameters are those at the time of backward. All backwards but the last before a
@@ -262,7 +263,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_keys(group, len(self.param_groups) - 1)
+            check_keys(group, len(self.param_groups) - 1, self)
             check_group(group, VARIANTS[self.variant].bits)
             for index, param in enumerate(group["params"]):
                 name = name_of(group, len(self.param_groups) - 1, index)

@@ -26,7 +26,10 @@ Entry = Mapping[Any, Any]
 
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"  # from 0.50 on, for FSDP
 _TORCHAO_PARTS = ("codes", "scale", "qmap")
-_NAMES = frozenset({"step", NORM, _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
+GATHERED = f"{REMAINDER}_fp32"
+"""What bf16 weights lack, as fp32 numbers: for who gathers only tensors of one dtype. Under its own name it
+would be taken for one that somebody has rounded."""
+_NAMES = frozenset({"step", NORM, GATHERED, _BITSANDBYTES_WRAPPER, *NOT_OURS}).union(
     *({*dialect.parts, *dialect.ignored} for dialect in DIALECTS)
 )
 
@@ -108,6 +111,8 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of {name} is a {type(entry).__name__}, not a dict")
     parts = _flatten(entry)
+    if GATHERED in parts:
+        parts[REMAINDER] = _remainder(parts.pop(GATHERED), name)
     keys = set(parts) - {"step", NORM}
     dialect = next((dialect for dialect in DIALECTS if dialect.knows(keys)), None)
     if dialect is None or "step" not in parts:
@@ -210,6 +215,14 @@ def _went_elsewhere(kept: Any, part: Part) -> bool:
     if cast:
         _say_cast()
     return cast
+
+
+def _remainder(gathered: Any, name: str) -> Tensor:
+    numbers = _plain(GATHERED, gathered, (torch.float32,), name)
+    found = numbers.to(torch.int16)
+    if not torch.equal(found.float(), numbers):
+        raise ValueError(f"state of {name}: {GATHERED} has values that are no 16-bit integers")
+    return found
 
 
 @functools.cache

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
+from adamw_triton.checkpoint.entries import GATHERED, Entry, has_state, others_of, read
 from adamw_triton.checkpoint.parts import as_bytes, part_of, put_together
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.formats import as_real
 from adamw_triton.state.shards import is_shard
 from adamw_triton.tensors import is_flattened, named
+from adamw_triton_kernels.work import REMAINDER
 
 VERSION_KEY = "adamw_triton_version"
 """Beside "state" and "param_groups", where torch's loader and whoever rebuilds the dict pass it over. Parts
@@ -63,7 +64,10 @@ class Writer:
                 if has_state(entry) and not param.is_meta:
                     if self._is_portable(param, entry):
                         entry = {**_portable(entry, param, name), **others_of(entry)}
-                    state[key] = as_bytes(entry, param)
+                    entry = as_bytes(entry, param)
+                    if self.state_format is None and is_flattened(param) and REMAINDER in entry:
+                        entry = _of_one_dtype(entry)
+                    state[key] = entry
         version = {} if self.state_format == "portable" else {VERSION_KEY: VERSION}
         return {**state_dict, "state": state, **version}
 
@@ -82,6 +86,12 @@ class Writer:
         else:
             return False
         return True
+
+
+def _of_one_dtype(entry: Entry) -> dict[str, Any]:
+    """For FSDP (version 1), which gathers no other. On the host, as it is twice as large."""
+    rest = {key: value for key, value in entry.items() if key != REMAINDER}
+    return {**rest, GATHERED: entry[REMAINDER].cpu().float()}
 
 
 @functools.cache

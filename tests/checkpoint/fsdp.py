@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import StateDictType
 
 import adamw_triton
 
@@ -46,11 +46,14 @@ def main(rank: int, meeting: str, variant: str, use_orig_params: bool, kind: str
     twin, other = made(variant, use_orig_params)
     trained(twin, other, range(3))  # to the same weights
     other = adamw_triton.AdamW(twin.parameters(), lr=1e-2, variant=variant)
+    # With the default, torch gathers all tensors of the state into one memory where there is no GPU.
+    full = FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False)
     for some in (model, twin):
-        FSDP.set_state_dict_type(some, StateDictType[kind])
+        FSDP.set_state_dict_type(some, StateDictType[kind], *(full if kind == "FULL_STATE_DICT" else ()))
     state_dict = FSDP.optim_state_dict(model, optimizer)
-    m = state_dict["state"]["0.weight"]["exp_avg"]
-    assert m.shape == (256, 64), m.shape
+    gathered = state_dict["state"]["0.weight"]
+    assert gathered["exp_avg"].shape == (256, 64)
+    assert not torch.equal(local(gathered["exp_avg"]), local(gathered["exp_avg_sq"]))
     other.load_state_dict(FSDP.optim_state_dict_to_load(twin, other, state_dict))
     there = FSDP.optim_state_dict(twin, other)["state"]
     for name, entry in state_dict["state"].items():

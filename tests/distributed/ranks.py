@@ -18,10 +18,26 @@ PATIENCE = 120
 """Seconds that a collective may take."""
 
 
+IMPORTED = (
+    "adamw_triton.selection.auto", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch.distributed.optim", "torch.distributed.tensor",
+)  # fmt: skip
+
+
+def context() -> Any:
+    """Of processes that are forked from one that has imported all this: each would take seconds for it."""
+    found = mp.get_context("forkserver")
+    found.set_forkserver_preload([*IMPORTED])
+    return found
+
+
 def together(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``function(*arguments)`` returns in each of so many processes of one gloo group, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_one, (world, folder, function, arguments), nprocs=world)
+        context()
+        mp.start_processes(
+            _one, (world, folder, function, arguments), nprocs=world, start_method="forkserver"
+        )
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(world)]
 
 

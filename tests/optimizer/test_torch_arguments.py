@@ -67,6 +67,18 @@ def test_arguments_of_the_optimizer_are_none_of_a_group(key: str) -> None:
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_group_may_repeat_what_the_optimizer_was_given() -> None:
+    """As ZeroRedundancyOptimizer does. What goes by all gradients it may not: ranks have a part of them."""
+    group = {"params": parameters(), "variant": "8bit", "nonfinite": "propagate"}
+    optimizer = AdamW([group], variant="8bit")
+    train(optimizer, 1)
+    with pytest.raises(ValueError, match="group 1 sets variant='32bit', which is of the whole"):
+        optimizer.add_param_group({"params": parameters(), "variant": "32bit"})
+    for given in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
+        with pytest.raises(ValueError, match=r"clip_grad_norm_ before step\(\)"):
+            AdamW([{"params": parameters(), **given}], **given)
+
+
 @pytest.mark.parametrize("key", ["state_bit", "weight_decays", "beta", "maximise", "amsgrads"])
 def test_misspelt_keys_are_warned_of(key: str) -> None:
     with pytest.warns(UserWarning, match=f"group 0 has a key '{key}', which changes nothing: was '.*' meant"):
