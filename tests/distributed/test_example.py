@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,11 @@ def losses(ranks: int, *arguments: str) -> dict[int, float]:
 @pytest.mark.slow
 def test_saved_by_two_processes_and_resumed_by_one(tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
-    begun = losses(2, "--steps", "6", "--save", saved)
-    resumed = losses(1, "--steps", "12", "--resume", saved)
-    alone = losses(1, "--steps", "12")
+    with ThreadPoolExecutor() as beside:
+        one = beside.submit(losses, 1, "--steps", "12")
+        begun = losses(2, "--steps", "6", "--save", saved)
+        resumed = losses(1, "--steps", "12", "--resume", saved)
+        alone = one.result()
     assert list(begun) == list(range(6))
     assert list(resumed) == list(range(6, 12))
     assert list(alone) == list(range(12))
