@@ -75,8 +75,10 @@ def _of_one(folder: str, *case: Any) -> dict[str, Any]:
     after = trained(whole, range(3, 6))
     resumed = accelerating.accelerated(*case)
     resumed[0].load_state(folder)
+    decided = resumed[2].optimizer.plan is not None
     return {
         "swapped": swapped and sharded and whole[0].is_fsdp2,
+        "decided": decided,
         "losses": (before, after, trained(resumed, range(3, 6))),
         "weights": (weights(whole[1]), weights(resumed[1])),
         "state": (state(whole[2]), state(resumed[2])),
@@ -104,6 +106,11 @@ def test_saved_and_loaded_it_goes_on_with_the_same_bits(name: str, found: list[d
             assert whole.keys() == again.keys()
             assert all(torch.equal(whole[key], again[key]) for key in whole)
         assert any(key.endswith("codes") for key in case["state"][0]) == ("auto" not in name)
+
+
+def test_loading_does_not_decide_where_state_goes(found: list[dict[str, Any]]) -> None:
+    """torch.distributed.checkpoint takes a step on zero gradients first, to see what state there is."""
+    assert not any(rank["auto by the environment"]["decided"] for rank in found)
 
 
 def test_weights_that_accelerate_has_made_fp32_have_no_remainder(found: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 def made(folder: str, kind: str, rows: int = 2, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    config = {"version": 2, "transformer_layer_cls_to_wrap": [accelerating.LAYER], "state_dict_type": kind}
+    config = {"version": 2, "state_dict_type": kind}
     settings = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": rows}
     args = arguments(
         Path(folder), "paged_adamw_triton_8bit", fsdp=True, fsdp_config=config, **{**settings, **changes}
