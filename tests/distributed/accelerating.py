@@ -19,7 +19,7 @@ LAYER = "LlamaDecoderLayer"
 def pretend() -> None:
     """accelerate shards on GPUs and their kind alone, and on CPUs says nothing and takes DDP: so it is told
     that these are GPUs. The group of processes is there already; only their device matters further on."""
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
     found: Any = PartialState
     found._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import accelerating
+from tests.distributed.once import once
 from tests.distributed.ranks import together
 from tests.distributed.training import batch, local, weights
 
@@ -87,11 +88,8 @@ def _of_one(folder: str, *case: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of both ranks: all cases in the same processes, whose start takes longest."""
-    folder = str(tmp_path_factory.mktemp("accelerate"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # one test's, in tests/conftest.py, comes later
-        return together(2, saved_and_loaded, folder)
+    """Of both ranks: all cases in the same processes."""
+    return once(tmp_path_factory, "accelerate", lambda folder: together(2, saved_and_loaded, str(folder)))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import accelerating
+from tests.distributed.once import once
 from tests.distributed.ranks import together
 from tests.distributed.training import llama, local, weights
 from tests.huggingface.tiny import arguments, losses, optimizer_of, trainer
@@ -51,7 +52,7 @@ def ran(trained: Any, checkpoint: str | None = None) -> dict[str, Any]:
 
 def on_two(folder: str) -> dict[str, Any]:
     accelerating.pretend()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"folder": folder}
     for kind in KINDS:
         whole = made(f"{folder}/{kind}", kind)
         found[kind] = {"whole": ran(whole)}
@@ -95,16 +96,9 @@ def on_one(folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trainer")
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
-    """Of rank 0: all in the same processes, whose start takes longest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # one test's, in tests/conftest.py, comes later
-        return together(2, on_two, str(folder))[0]
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of rank 0: all in the same processes."""
+    return once(tmp_path_factory, "trainer", lambda folder: together(2, on_two, str(folder))[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,19 +115,19 @@ def test_a_resumed_run_has_the_same_bits(kind: str, found: dict[str, Any]) -> No
     assert any(key.endswith("codes") for key in resumed["state"])
 
 
-def test_resumed_by_one_process(found: dict[str, Any], folder: Path) -> None:
+def test_resumed_by_one_process(found: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Its gradients are summed in another order."""
-    (alone,) = together(1, on_one, str(folder))
+    (alone,) = once(tmp_path_factory, "alone", lambda _: together(1, on_one, found["folder"]))
     for kind in KINDS:
         whole = found[kind]["whole"]
         assert len(alone[kind]["losses"]) == 6
         torch.testing.assert_close(alone[kind]["losses"], whole["losses"], rtol=0, atol=1e-3)
 
 
-def test_the_final_save_loads(found: dict[str, Any], folder: Path) -> None:
+def test_the_final_save_loads(found: dict[str, Any]) -> None:
     from transformers import LlamaForCausalLM
 
-    loaded = weights(LlamaForCausalLM.from_pretrained(folder / KINDS[0] / "final"))
+    loaded = weights(LlamaForCausalLM.from_pretrained(Path(found["folder"], KINDS[0], "final")))
     trained = found[KINDS[0]]["whole"]["weights"]
     assert all(torch.equal(loaded[name], trained[name]) for name in trained)
 
