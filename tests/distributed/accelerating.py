@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -22,6 +23,7 @@ def pretend() -> None:
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
     found: Any = PartialState
     found._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    gc.freeze()  # accelerate collects garbage often, each time through all that was imported
 
 
 def anew() -> None:

@@ -57,30 +57,18 @@ def on_two(folder: str) -> dict[str, Any]:
         whole = made(f"{folder}/{kind}", kind)
         found[kind] = {"whole": ran(whole)}
         whole.save_model(f"{folder}/{kind}/final")
-        resumed = made(f"{folder}/{kind}-resumed", kind)
+        resumed = made(f"{folder}/{kind}-resumed", kind, save_strategy="no")
         found[kind]["resumed"] = ran(resumed, f"{folder}/{kind}/checkpoint-3")
     quiet: dict[str, Any] = {"save_strategy": "no", "max_steps": 3}
-    for name, clipping in {
+    for name, changes in {
         "clipped by the Trainer": {"max_grad_norm": 0.5},
         "clipped by us": {"max_grad_norm": 0.0, "optim_args": "max_grad_norm=0.5"},
+        "bf16=True": {"dtype": torch.bfloat16, "bf16": True, "optim_args": "master_weights=true"},
     }.items():
-        found[name] = ran(made(f"{folder}/{name}", KINDS[0], **quiet, **clipping))
-    found["bf16=True"] = ran(
-        made(
-            f"{folder}/bf16",
-            KINDS[0],
-            dtype=torch.bfloat16,
-            bf16=True,
-            optim_args="master_weights=true",
-            **quiet,
-        )
-    )
+        found[name] = ran(made(f"{folder}/{name}", KINDS[0], **quiet, **changes))
+    quiet |= {"max_grad_norm": 0.0, "optim_args": "gradient_release=true"}
     try:
-        ran(
-            made(
-                f"{folder}/release", KINDS[0], optim_args="gradient_release=true", max_grad_norm=0.0, **quiet
-            )
-        )
+        ran(made(f"{folder}/released", KINDS[0], **quiet))
     except Exception as error:
         found["release"] = str(error)
     return found
@@ -90,7 +78,9 @@ def on_one(folder: str) -> dict[str, Any]:
     """As many rows a step as two have."""
     accelerating.pretend()
     return {
-        kind: ran(made(f"{folder}/{kind}-alone", kind, rows=4), f"{folder}/{kind}/checkpoint-3")
+        kind: ran(
+            made(f"{folder}/{kind}-alone", kind, rows=4, save_strategy="no"), f"{folder}/{kind}/checkpoint-3"
+        )
         for kind in KINDS
     }
 
