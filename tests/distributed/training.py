@@ -118,6 +118,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import adamw_triton
@@ -41,3 +44,36 @@ def test_the_optimizer_at_its_head() -> None:
     before = model.weight.detach().clone()
     exec(code, {"model": model, "batches": [{"x": torch.ones(2, 3)}] * 2})
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would shard on the GPU, without NCCL")
+def test_more_than_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the only rank; tests/distributed has more."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(128, 128), nn.Linear(128, 128)])
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.layers[1](self.layers[0](hidden))
+
+    model = Model()
+    begin, save, load = snippet("More than one GPU").replace("checkpoint-100", str(tmp_path)).split("...\n")
+    seen = {"adamw_triton": adamw_triton, "model": model}
+
+    def train() -> dict[str, Any]:
+        model(torch.ones(2, 128)).sum().backward()
+        seen["optimizer"].step()
+        return seen["optimizer"].state_dict()["state"][0]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        exec(begin, seen)
+        assert "exp_avg_codes" in train()
+        exec(save, seen)
+        assert train()["step"] == 2
+        exec(load, seen)
+        assert train()["step"] == 2
+    finally:
+        dist.destroy_process_group()
