@@ -288,8 +288,8 @@ class AdamW(torch.optim.Optimizer):
         The first step of ``variant="auto"`` decides, together with those ranks of torch.distributed's default
         process group that step an optimizer of the same parameters; it waits ten seconds at most, and
         who comes later follows. Where others did not come, the next optimizer waits a quarter as long. A step
-        without gradients is not the first yet, nor is one of gradients and learning rates of zero where there
-        is no state, as torch.distributed.checkpoint takes it: it is not counted.
+        without gradients is not the first yet, nor, with any variant, is one of gradients and learning rates
+        of zero where there is no state, as torch.distributed.checkpoint takes it: it is not counted.
 
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is

@@ -92,17 +92,15 @@ class Reservations:
             park(state)
 
     def rehearse(self, groups: Groups, state: State, grads: Sequence[Tensor]) -> bool:
-        """Whether the step that begins is none: it comes before it is decided what places there are, and
-        there are no gradients; or there is no state yet, and they and all learning rates are zero.
+        """Whether the step that begins is none: there are no gradients, and it is not decided yet what places
+        there are; or there is no state yet, and they and all learning rates are zero.
         torch.distributed.checkpoint takes one such step to see what state there will be: it is shown, without
         a place or a step counted. Any other counts and decides, the next one of zeros too.
 
         Where a warm-up begins with a learning rate of zero, a rank that also has no gradients but zeros is
         not told from that: it counts one step less than the others, and follows what they decide."""
-        if self._chooser.decided:
-            return False
         if not grads:
-            return True
+            return not self._chooser.decided
         if state or not all(map(_stands_still, groups)):
             return False
         if any(grad.any() for grad in grads):  # the host waits for them

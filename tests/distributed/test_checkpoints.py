@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.once import once
 from tests.distributed.ranks import together
 from tests.distributed.saving import SAVED, gather, gathered, load, made, masters, save, scatter
 from tests.distributed.training import Case, train
@@ -31,10 +31,16 @@ ODD = Case({"variant": "8bit"}, sizes={"hidden_size": 96, "intermediate_size": 2
 """Rows that are no whole blocks: their codes depend on the number of ranks."""
 
 
-@functools.cache
-def saved(world: int, later: bool = False) -> tuple[str, list[dict[str, Any]]]:
-    folder = tempfile.mkdtemp()
-    return folder, together(world, save, [*CASES.values(), ODD], "shards", folder, later)[0]
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """Where four ranks saved, and what."""
+
+    def make(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+        cases = [*CASES.values(), ODD]
+        return str(folder), together(4, save, cases, "shards", str(folder), False)[0]
+
+    found: tuple[str, list[dict[str, Any]]] = once(tmp_path_factory, "saved by four", make)
+    return found
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -55,9 +61,9 @@ def check_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_of_four_ranks_by_any_number(world: int) -> None:
+def test_of_four_ranks_by_any_number(of_four: tuple[str, list[dict[str, Any]]], world: int) -> None:
     """Codes too, for rows are whole blocks; others are saved as fp32."""
-    folder, expected = saved(4)
+    folder, expected = of_four
     found = together(world, load, [*CASES.values(), ODD], "shards", folder)[0]
     for one, other in zip(found[:-1], expected[:-1], strict=True):
         assert any("codes" in key for key in other) or not any("codes" in key for key in one)
@@ -66,11 +72,10 @@ def test_of_four_ranks_by_any_number(world: int) -> None:
     check_close(found[-1], expected[-1])
 
 
-def test_what_is_saved_while_training_goes_on() -> None:
-    folder, expected = saved(2, later=True)
-    for one, other in zip(
-        together(2, load, list(CASES.values()), "shards", folder)[0], expected[:-1], strict=True
-    ):
+def test_what_is_saved_while_training_goes_on(tmp_path: Path) -> None:
+    cases = [CASES["paged 8bit"], CASES["8bit, exact"]]
+    expected = together(2, save, cases, "shards", str(tmp_path), True)[0]
+    for one, other in zip(together(2, load, cases, "shards", str(tmp_path))[0], expected, strict=True):
         check_equal(one, other)
 
 

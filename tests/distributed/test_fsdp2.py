@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed.once import once
 from tests.distributed.ranks import together
 from tests.distributed.training import Case, Run, of_cases, trained
 
@@ -37,10 +40,23 @@ CLIPPED = {
 }
 
 
-@functools.cache
-def runs(way: str, world: int) -> dict[str, Run]:
-    cases = CASES | CLIPPED
-    return dict(zip(cases, together(world, of_cases, list(cases.values()), way, STEPS)[0], strict=True))
+Runs = Callable[[str, int], dict[str, Run]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    @functools.cache
+    def found(way: str, world: int) -> dict[str, Run]:
+        cases = CASES | CLIPPED
+
+        def make(_: Path) -> dict[str, Run]:
+            return dict(
+                zip(cases, together(world, of_cases, list(cases.values()), way, STEPS)[0], strict=True)
+            )
+
+        return once(tmp_path_factory, f"fsdp2 {way} {world}", make)
+
+    return found
 
 
 @functools.cache
@@ -54,7 +70,7 @@ WAYS = WAYS if "ADAMW_TRITON_STEPS" in os.environ else WAYS[::2]
 
 @pytest.mark.parametrize(("way", "world"), WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_bits_of_one_process(name: str, way: str, world: int) -> None:
+def test_the_bits_of_one_process(runs: Runs, name: str, way: str, world: int) -> None:
     found, expected = runs(way, world)[name], alone(name)
     assert found.losses == expected.losses
     for key, weight in expected.weights.items():
@@ -63,7 +79,7 @@ def test_the_bits_of_one_process(name: str, way: str, world: int) -> None:
 
 @pytest.mark.parametrize(("way", "world"), WAYS)
 @pytest.mark.parametrize("name", CLIPPED)
-def test_norms_are_those_of_whole_gradients(name: str, way: str, world: int) -> None:
+def test_norms_are_those_of_whole_gradients(runs: Runs, name: str, way: str, world: int) -> None:
     """But for the order of their sums; what is on several ranks counts once."""
     found, expected = runs(way, world)[name], alone(name)
     assert found.norm == pytest.approx(expected.norm, rel=1e-6)
