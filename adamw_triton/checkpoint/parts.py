@@ -9,7 +9,16 @@ from torch import Tensor
 
 from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
 from adamw_triton.state.buffers import NORM
-from adamw_triton.state.shards import is_shard, like, local, local_like, of_whole, whole_shape
+from adamw_triton.state.shards import (
+    is_shard,
+    like,
+    local,
+    local_like,
+    of_whole,
+    rows_of_blocks,
+    uncut,
+    whole_shape,
+)
 from adamw_triton_kernels.work import REMAINDER
 
 _SCALARS = ("step", NORM)
@@ -41,13 +50,17 @@ def _is_whole(state: Entry, param: Tensor) -> bool:
 
 
 def _cut(state: Entry, param: Tensor, name: str) -> dict[Any, Any]:
-    """Codes are decoded, for this shard may begin within a block of theirs."""
+    """Codes whose blocks are not cut stay as they are; others are decoded."""
     saved = read(state, name, whole_shape(param))
-    parts = {**(saved.moments() if saved.dialect.coded else saved.parts), **saved.kept}
-    return {
-        **{key: value for key, value in state.items() if key in _SCALARS},
-        **{key: of_whole(part, param) for key, part in parts.items()},
-    }
+    stay = saved.format is not None and param.dim() == 2 and uncut(param) % saved.block == 0
+    parts = {**saved.moments(), **saved.kept} if saved.dialect.coded and not stay else saved.parts
+    cut = {key: value for key, value in state.items() if key in _SCALARS}
+    for key, whole in parts.items():
+        if key in saved.parts and saved.dialect.parts[key].kind == "scales":
+            cut[key] = of_whole(whole.view(rows_of_blocks(param, saved.block)), param, saved.block)
+        else:
+            cut[key] = of_whole(whole, param)
+    return cut
 
 
 def _here(value: Any, param: Tensor) -> Any:

@@ -74,17 +74,11 @@ class Writer:
     def _is_portable(self, param: Tensor, entry: Entry) -> bool:
         if self.state_format is not None:
             return self.state_format == "portable"
-        if "exp_avg_codes" not in entry:
-            return False
         # FSDP (version 1) puts the shards of all ranks together, which only tensors of the parameter's shape
-        # and of one dtype survive. Of a DTensor whose rows are no whole blocks, another number of ranks has
-        # other blocks.
-        if is_flattened(param):
-            _say_portable("parameters that FSDP (version 1) has flattened")
-        elif is_shard(param) and not is_shard(entry["exp_avg_scales"]):
-            _say_portable("sharded parameters whose rows are no multiple of the block")
-        else:
+        # and of one dtype survive.
+        if not is_flattened(param) or "exp_avg_codes" not in entry:
             return False
+        _say_portable()
         return True
 
 
@@ -95,11 +89,11 @@ def _of_one_dtype(entry: Entry) -> dict[str, Any]:
 
 
 @functools.cache
-def _say_portable(whose: str) -> None:
+def _say_portable() -> None:
     _log.warning(
-        "state_dict(): 8-bit state of %s is decoded to fp32, for its codes cannot be gathered: resuming is "
-        "not bit-exact. state_dict(state_format='native') has this rank's own codes",
-        whose,
+        "state_dict(): 8-bit state of parameters that FSDP (version 1) has flattened is decoded to fp32, for "
+        "its codes cannot be gathered: resuming is not bit-exact. state_dict(state_format='native') has this "
+        "rank's own codes"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ from adamw_triton.places.sums import Summing, Sums
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.buffers import STEPS, Scalars, State
-from adamw_triton.state.formats import KEPT, format_for
+from adamw_triton.state.formats import KEPT, SMALLEST_8BIT, format_for
 from adamw_triton.state.placement import Policy
-from adamw_triton.state.shards import whole_numel
+from adamw_triton.state.shards import any_shard, uncut, whole_numel
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Alike, Apart, Groups, Stepped
 from adamw_triton.tensors import is_trained, name_of
 from adamw_triton_kernels import tables
+
+_log = logging.getLogger("adamw_triton")
 
 KEPT_BATCHES = 16
 """Sets of parameters whose launches are kept, for training that alternates between a few."""
@@ -68,6 +71,7 @@ class Reservations:
         self._batches: list[_Kept] = []
         self._generation = 0
         """Of the store, when they were made."""
+        self._told = False
         self._captured: list[Batch] = []
         """A CUDA graph uses their tables and buffers whenever it is replayed."""
 
@@ -137,9 +141,27 @@ class Reservations:
             self._chooser.return_to(plan)
             self.store.policy = policy
             raise
+        self._tell_of_shards(groups, state)
         self._formats = _formats(groups)
         self._batches.clear()  # what they used is free
         self._generation = self.store.generation
+
+    def _tell_of_shards(self, groups: Groups, state: State) -> None:
+        """That some keep 32 bits where 8 were asked for, once."""
+        if self._told or self._chooser.bits != 8 or not any_shard([p for g in groups for p in g["params"]]):
+            return
+        wide = [
+            each
+            for each in self._wanted(groups, state)
+            if uncut(each.param) % self._block_size and whole_numel(each.param) >= SMALLEST_8BIT
+        ]
+        if wide:
+            self._told = True
+            _log.warning(
+                "%s and %d others are sharded, and their rows are no whole blocks of %d: other numbers of "
+                "ranks would have other codes, so they keep 32-bit state",
+                *(wide[0].name, len(wide) - 1, self._block_size),
+            )
 
     def _reserve(self, groups: Groups, state: State, stateful_only: bool) -> None:
         """By another choice if need be."""
@@ -246,6 +268,7 @@ class Reservations:
                         amsgrad,
                         param.dtype,
                         self._chooser.weights,
+                        uncut(param),
                     )
                     found.append(Wanted(param, name_of(group, group_index, index), state_format, betas))
         return found

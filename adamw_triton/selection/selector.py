@@ -17,7 +17,7 @@ from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.plans import Candidate, Limits, Plan
 from adamw_triton.state.formats import Format, as_real, format_for, matters, nbytes_of_weights
 from adamw_triton.state.placement import SMALLEST_BUDGET, Placement, SumBytes, pages_of, place
-from adamw_triton.state.shards import whole_numel
+from adamw_triton.state.shards import uncut, whole_numel
 
 PAGE_SECONDS = 30e-6
 """What a page costs beside its bytes: launches and events. A guess, not measured; it only tells tiny pages
@@ -67,6 +67,8 @@ class Trained(NamedTuple):
     amsgrad: bool = False
     elsewhere: int = 0
     """Real elements that other ranks have of it, in parts."""
+    uncut: int = 0
+    """See ``format_for``."""
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Trained:
@@ -75,11 +77,13 @@ class Trained(NamedTuple):
         dtype, grad_dtype = (tensor.dtype.to_real() for tensor in (param, grad))
         amsgrad = bool(group.get("amsgrad", False))
         here, bits = as_real(param).numel(), group.get("state_bits")
-        return cls(here, dtype, grad_dtype.itemsize, bits, amsgrad, whole_numel(param) - here)
+        elsewhere = whole_numel(param) - here
+        return cls(here, dtype, grad_dtype.itemsize, bits, amsgrad, elsewhere, uncut(param))
 
     def format(self, bits: int, block_size: int, weights: str = "nearest") -> Format:
         bits = bits_of(self.state_bits, self.amsgrad, bits)
-        return format_for(self.numel + self.elsewhere, bits, block_size, self.amsgrad, self.dtype, weights)
+        numel = self.numel + self.elsewhere
+        return format_for(numel, bits, block_size, self.amsgrad, self.dtype, weights, self.uncut)
 
 
 def bits_of(state_bits: int | None, amsgrad: bool, default: int) -> int:

@@ -134,7 +134,7 @@ class Slot:
 
     def shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Ranges as others see them: in the parameter's shape, scales flat. Of a shard they are distributed
-        as it is, scales too where they are the same blocks on any number of ranks."""
+        as it is, scales as rows."""
         shape = (*self.shape, 2) if self.is_complex else self.shape
         views = {}
         for array in self.format.arrays:
@@ -144,8 +144,9 @@ class Slot:
                 if self.is_complex and view.dtype is torch.float32:
                     view = torch.view_as_complex(view)
                 view = like(self.param, view)
-            elif is_shard(self.param) and (rows := rows_of_blocks(self.param, array.per)):
-                view = like(self.param, view.view(self.shape[0], rows[1]), rows)
+            elif is_shard(self.param):
+                rows = view.view(self.shape[0], -(-self.shape[1:].numel() // array.per))
+                view = like(self.param, rows, rows_of_blocks(self.param, array.per))
             views[array.name] = view
         return views
 

@@ -143,11 +143,18 @@ def format_for(
     amsgrad: bool = False,
     dtype: torch.dtype = torch.float32,
     weights: str = "nearest",
+    uncut: int = 0,
 ) -> Format:
-    """Of a parameter with so many real elements, on all ranks together, of that dtype; ``weights``: one of
-    ``WEIGHTS``."""
+    """Of a parameter with so many real elements, on all ranks together, of that dtype.
+
+    Args:
+        weights: one of ``WEIGHTS``.
+        uncut: of a shard, elements in a row that no ranks cut: unless they are whole blocks, codes would be
+            others on each number of ranks, and its state has 32 bits.
+    """
     kept = _WEIGHTS_OF.get((weights, dtype), NEAREST)
-    return Blockwise8(block_size, kept) if bits == 8 and numel >= SMALLEST_8BIT else Float32(amsgrad, kept)
+    coded = bits == 8 and numel >= SMALLEST_8BIT and uncut % block_size == 0
+    return Blockwise8(block_size, kept) if coded else Float32(amsgrad, kept)
 
 
 def matters(weights: str, dtype: torch.dtype) -> bool:

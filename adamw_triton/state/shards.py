@@ -6,6 +6,7 @@ that has no such parameters never imports ``torch.distributed.tensor``.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -83,11 +84,14 @@ def whole_numel(tensor: Tensor) -> int:
     return whole_shape(tensor).numel()
 
 
-def of_whole(whole: Tensor, param: Tensor) -> Tensor:
-    """Of a tensor that somebody has gathered, the part that goes with a shard: a view."""
+def of_whole(whole: Tensor, param: Tensor, per: int = 1) -> Tensor:
+    """Of a tensor that somebody has gathered, the part that goes with a shard: a view. ``per``: elements of a
+    row that share one number of it."""
     sizes, offset = _within(param)
+    last = param.dim() - 1
     for dim, (size, at) in enumerate(zip(sizes, offset, strict=True)):
-        whole = whole.narrow(dim, min(at, whole.shape[dim]), size)
+        each = per if dim == last else 1
+        whole = whole.narrow(dim, min(at // each, whole.shape[dim]), size // each)
     return whole
 
 
@@ -124,14 +128,29 @@ def fault(param: Tensor) -> str | None:
     return None
 
 
-def rows_of_blocks(param: Tensor, block: int) -> torch.Size | None:
-    """The shape of one number a block of the whole parameter, distributed as it is: where it is cut between
-    rows alone and a row has whole blocks, shards of any number of ranks have whole blocks, the same ones."""
-    dims = {placement.dim for placement in _placements(param) if not placement.is_replicate()}
-    if param.is_complex() or param.dim() < 2 or dims - {0}:
-        return None
+def uncut(param: Tensor) -> int:
+    """How many elements follow each other in a shard and are never cut, by however many ranks: those of a
+    row, or of its part on this mesh where columns are cut. 0 of what is no shard, 1 where none is known."""
+    if not is_shard(param):
+        return 0
+    ours: Any = param
+    cuts = [
+        (placement.dim % param.dim(), ours.device_mesh.size(dim))
+        for dim, placement in enumerate(ours.placements)
+        if not placement.is_replicate()
+    ]
+    columns = [size for dim, size in cuts if dim != 0]
+    if param.is_complex() or param.dim() < 2 or any(dim not in (0, param.dim() - 1) for dim, _ in cuts):
+        return 1
     row = param.shape[1:].numel()
-    return torch.Size([param.shape[0], row // block]) if row and row % block == 0 else None
+    if not columns:
+        return row
+    return row // math.prod(columns) if param.dim() == 2 and row % math.prod(columns) == 0 else 1
+
+
+def rows_of_blocks(param: Tensor, block: int) -> torch.Size:
+    """The shape of one number a block of a shard's whole parameter, whose ``uncut`` are whole blocks."""
+    return torch.Size([param.shape[0], param.shape[1:].numel() // block])
 
 
 def _placements(param: Tensor) -> Sequence[Any]:

@@ -22,6 +22,7 @@ from tests.distributed.training import WAYS, Blocks, Case, train, weights, whole
 
 SAVED = 3
 """Steps before a save."""
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -43,12 +44,13 @@ def gathered(model: nn.Module, optimizer: adamw_triton.AdamW) -> dict[str, Any]:
 
 
 def save(cases: list[Case], way: str, folder: str, later: bool) -> list[dict[str, Any]]:
-    """``later``: by ``async_save``."""
+    """``later``: by ``async_save``, and in torch's flattened form."""
     found = []
+    options = FLAT if later else None
     for number, case in enumerate(cases):
         model, optimizer = made(case, way)
         train(model, optimizer, range(SAVED))
-        model_state, state = get_state_dict(model, optimizer)
+        model_state, state = get_state_dict(model, optimizer, options=options)
         content = {"model": model_state, "optimizer": state}
         found.append(gathered(model, optimizer))
         if later:
@@ -62,19 +64,24 @@ def save(cases: list[Case], way: str, folder: str, later: bool) -> list[dict[str
     return found if dist.get_rank() == 0 else []
 
 
-def load(cases: list[Case], way: str, folder: str) -> list[dict[str, Any]]:
+def load(cases: list[Case], way: str, folder: str, flat: bool = False) -> list[dict[str, Any]]:
     """And take one step more."""
+    options = FLAT if flat else None
     found = []
     for number, case in enumerate(cases):
         model, optimizer = made(case, way)
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()
-        model_state, state = get_state_dict(model, optimizer)
+        model_state, state = get_state_dict(model, optimizer, options=options)
         content = {"model": model_state, "optimizer": state}
         dcp.load(content, checkpoint_id=Path(folder, str(number)))
         set_state_dict(
-            model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"]
+            model,
+            optimizer,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizer"],
+            options=options,
         )
         found.append(gathered(model, optimizer))
         train(model, optimizer, range(SAVED, SAVED + 1))

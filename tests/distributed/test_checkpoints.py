@@ -28,7 +28,7 @@ CASES = {
 WORLDS = [1, 2, 3, 4] if "ADAMW_TRITON_STEPS" in os.environ else [1, 3]
 """Each takes seconds to begin: all with more time."""
 ODD = Case({"variant": "8bit"}, sizes={"hidden_size": 96, "intermediate_size": 200, "vocab_size": 257})
-"""Rows that are no whole blocks: their codes depend on the number of ranks."""
+"""Rows that are no whole blocks: their state has 32 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +49,21 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
 
 
-def check_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To the error of codes that were decoded and encoded in other blocks."""
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if "exp_avg" in key:
-            error = (found[key] - value).norm() / value.norm().clamp(min=1e-30)
-            assert error < 0.05, (key, error)
-        else:
-            assert torch.equal(found[key], value), key
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_of_four_ranks_by_any_number(of_four: tuple[str, list[dict[str, Any]]], world: int) -> None:
-    """Codes too, for rows are whole blocks; others are saved as fp32."""
+    """Codes too, for rows are whole blocks; where they are not, there are none."""
     folder, expected = of_four
     found = together(world, load, [*CASES.values(), ODD], "shards", folder)[0]
-    for one, other in zip(found[:-1], expected[:-1], strict=True):
-        assert any("codes" in key for key in other) or not any("codes" in key for key in one)
+    coded = ["8bit" in case.arguments["variant"] and case is not ODD for case in [*CASES.values(), ODD]]
+    assert [any("codes" in key for key in each) for each in expected] == coded
+    for one, other in zip(found, expected, strict=True):
         check_equal(one, other)
-    assert not any("codes" in key for key in expected[-1])
-    check_close(found[-1], expected[-1])
 
 
 def test_what_is_saved_while_training_goes_on(tmp_path: Path) -> None:
-    cases = [CASES["paged 8bit"], CASES["8bit, exact"]]
+    cases = [CASES["paged 8bit"], CASES["8bit, exact"], ODD]
     expected = together(2, save, cases, "shards", str(tmp_path), True)[0]
-    for one, other in zip(together(2, load, cases, "shards", str(tmp_path))[0], expected, strict=True):
+    for one, other in zip(together(2, load, cases, "shards", str(tmp_path), True)[0], expected, strict=True):
         check_equal(one, other)
 
 
@@ -90,24 +78,23 @@ def test_exact_weights_in_fp32() -> None:
 
 
 def test_gathered_and_handed_out_again() -> None:
-    """By torch's own options; the whole state dict is one of a single process, too."""
+    """By torch's own options, or as it is. The whole state dict is one of a single process, too."""
     cases = [*CASES.values(), ODD]
-    whole = together(2, gather, cases, "shards")[0]
-    states = [state for state, _ in whole]
+    gathered_state = together(2, gather, cases, "shards")[0]
+    states = [state for state, _ in gathered_state]
     for by_torch in (True, False):
         found = together(2, scatter, cases, "shards", states, by_torch)[0]
-        for index, (one, (_, expected)) in enumerate(zip(found, whole, strict=True)):
-            ours = {key: value for key, value in one.items() if "exp_avg" in key or "step" in key}
-            theirs = {key: expected[key] for key in ours}
-            exact = index < len(CASES) and by_torch
-            check_equal(ours, theirs) if exact or "32bit" in str(cases[index]) else None
-    for case, (state, expected) in zip(cases, whole, strict=True):
+        for one, (_, expected) in zip(found, gathered_state, strict=True):
+            check_equal(state_of(one), state_of(expected))
+    for case, (state, expected) in zip(cases, gathered_state, strict=True):
         model, optimizer = made(case, "whole")
         names = [name for name, _ in model.named_parameters()]
         numbered = {number: state["state"][name] for number, name in enumerate(names)}
-        own = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": numbered, "param_groups": own})
-        found = gathered(model, optimizer)
-        for key, value in found.items():
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
+        for key, value in gathered(model, optimizer).items():
             if "codes" in key and key in expected:
                 assert torch.equal(value, expected[key]), key
+
+
+def state_of(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if "exp_avg" in key or "step" in key}
