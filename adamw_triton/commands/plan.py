@@ -15,6 +15,7 @@ from adamw_triton.memory.units import format_bytes, parse_bytes
 from adamw_triton.models import Model, read_model, sketches
 from adamw_triton.models.sketch import LARGEST
 from adamw_triton.selection.cards import parse_gpu
+from adamw_triton.selection.share import SHARDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--accumulate-dtype", metavar="DTYPE",
         help="of sums on the host: fp32 (default: the gradients')",
     )  # fmt: skip
+    add_option("--ranks", type=int, default=1, help="GPUs of this machine that train together (default: 1)")
+    add_option(
+        "--sharding", metavar="HOW", default="full",
+        help="of several ranks: full (default), as FSDP2, or none, as DDP",
+    )  # fmt: skip
     add_option("--no-checkpointing", action="store_true", help="keep all activations instead of recomputing")
     add_option(
         "--activations", metavar="SIZE", help="of forward and backward, measured (default: an estimate)"
@@ -145,7 +151,9 @@ def answer(arguments: argparse.Namespace, question: Question, model: Model) -> A
     tensors = finetuning.tensors(model.weights, run)
     activations, origin = count_activations(arguments, model, run, tensors, question.activations)
     tokens = arguments.batch * arguments.seq if _goes_through_all(model, run) else None
-    found = ask(tensors, question, activations, arguments, tokens)
+    named = [*zip((weight.name for weight in model.weights), tensors, strict=False)]
+    adapters = [("", tensor) for tensor in tensors[len(named) :]]
+    found = ask([*named, *adapters], question, activations, arguments, tokens)
     return Answer(model, run, tensors, activations, origin, found)
 
 
@@ -165,6 +173,7 @@ def check(arguments: argparse.Namespace) -> Question:
         ("--seq", arguments.seq, LARGEST_BATCH),
         ("--accumulation", arguments.accumulation, LARGEST_BATCH),
         ("--lora", arguments.lora, LARGEST_RANK),
+        ("--ranks", arguments.ranks, LARGEST_RANK),
     ):
         if value is not None and not 1 <= value <= largest:
             raise ValueError(f"{name} must be 1 to {largest:,}, not {value}")
@@ -173,6 +182,7 @@ def check(arguments: argparse.Namespace) -> Question:
         ("--lora-targets", arguments.lora_targets, TARGETS),
         ("--accumulate-dtype", arguments.accumulate_dtype, (None, "fp32")),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
+        ("--sharding", arguments.sharding, SHARDINGS),
         ("--prefer", arguments.prefer, ("speed", "exact")),
         ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),
     ):
@@ -183,6 +193,8 @@ def check(arguments: argparse.Namespace) -> Question:
         raise ValueError(
             "--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves"
         )
+    if arguments.ranks > 1 and arguments.release:
+        raise ValueError(f"--release is for one GPU, not for --ranks {arguments.ranks}")
     if arguments.accumulate_on == "host" and not arguments.release:
         raise ValueError("--accumulate-on host needs --release: without it all gradients are there at once")
     if arguments.accumulate_dtype is not None and arguments.accumulate_on != "host":
@@ -291,6 +303,8 @@ def count_activations(
     work = workload(model.weights, run, model.dimensions.visited)
     if batch.released:
         work = work._replace(gradients=live_bytes(t.nbytes for t in tensors if t.requires_grad))
+    if arguments.sharding == "full":
+        work = work._replace(gradients=work.gradients // arguments.ranks)
     count = estimate(model.dimensions, batch, work)
     return count, (
         f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
@@ -305,7 +319,7 @@ def _releases(arguments: argparse.Namespace) -> bool:
 
 
 def ask(
-    tensors: Sequence[Tensor],
+    named: Sequence[tuple[str, Tensor]],
     question: Question,
     activations: int | None,
     arguments: argparse.Namespace,
@@ -320,7 +334,7 @@ def ask(
     if question.gpu is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
     return adamw_triton.plan(
-        tensors,
+        named,
         question.gpu,
         question.host,
         activations=activations,
@@ -331,6 +345,8 @@ def ask(
         accumulate_dtype=finetuning.DTYPES.get(arguments.accumulate_dtype),
         tokens=tokens,
         checkpointing=not arguments.no_checkpointing,
+        ranks=arguments.ranks,
+        sharding=arguments.sharding,
     )
 
 

@@ -18,6 +18,7 @@ from adamw_triton.selection import overlap, rates
 from adamw_triton.selection.cards import find_card, parse_gpu
 from adamw_triton.selection.plans import Candidate, Limits, Plan, format_seconds
 from adamw_triton.selection.selector import Demand, Trained, select
+from adamw_triton.selection.share import Share
 from adamw_triton.state.formats import as_real
 from adamw_triton.state.placement import SumBytes, live_bytes, sum_bytes
 from adamw_triton.tensors import DTYPES
@@ -57,6 +58,8 @@ def plan(
     accumulate_dtype: torch.dtype | None = None,
     tokens: int | None = None,
     checkpointing: bool = True,
+    ranks: int = 1,
+    sharding: str = "full",
 ) -> Plan:
     """Which variant fits, and why the others do not.
 
@@ -79,6 +82,9 @@ def plan(
         tokens: of one backward, of a model that takes each through all its weights. The plan then says how
             long forward and backward take, and how much of the step they hide. None: it does not.
         checkpointing: whether backward computes activations again, which hides more.
+        ranks: GPUs of one machine, which train together and share the host's memory. The plan is of one.
+        sharding: of several ``ranks``, ``"full"``, as FSDP2's ``fully_shard`` of each layer and of the model,
+            whose layers names tell, or ``"none"``, as DDP.
 
     Raises:
         ValueError: an argument is out of range, a card is unknown, or ``gpu_memory`` is None without a GPU.
@@ -91,15 +97,25 @@ def plan(
     for name, choice in (("gradient_release", gradient_release), ("checkpointing", checkpointing)):
         if not isinstance(choice, bool):
             raise ValueError(f"Invalid {name}: {choice!r}; it must be True or False")
-    for name, value in (("accumulation", accumulation), ("tokens", 1 if tokens is None else tokens)):
+    for name, value in (
+        ("accumulation", accumulation),
+        ("tokens", 1 if tokens is None else tokens),
+        ("ranks", ranks),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; it must be a whole number >= 1")
     check_accumulation(accumulate_on, accumulate_dtype, gradient_release)
+    share = Share(ranks, sharding)
+    share.check(gradient_release)
     tensors = list(_counted(model_or_params))
     if not tensors:
         raise ValueError("model_or_params has no parameters to plan for")
-    trained = [_trained(tensor, group, grad_dtype) for tensor, group in tensors if tensor.requires_grad]
-    weights = sum(tensor.nbytes for tensor, _ in tensors)
+    trained = [
+        share.trained(_trained(tensor, group, grad_dtype), tensor)
+        for _, tensor, group in tensors
+        if tensor.requires_grad
+    ]
+    weights = sum(share.of(tensor.nbytes) for _, tensor, _ in tensors)
     each = [tensor.numel * tensor.grad_itemsize for tensor in trained]
     on_host = accumulation > 1 and accumulate_on == "host"
     are_few = gradient_release and (accumulation == 1 or on_host)
@@ -108,10 +124,10 @@ def plan(
     if on_host:
         sums = sum_bytes(
             (accumulate_dtype or grad_dtype or tensor.dtype.to_real(), as_real(tensor).numel())
-            for tensor, _ in tensors
+            for _, tensor, _ in tensors
             if tensor.requires_grad
         )
-    here = sum(tensor.nbytes for tensor, _ in tensors if tensor.is_cuda)
+    here = sum(tensor.nbytes for _, tensor, _ in tensors if tensor.is_cuda)
     card = _card(gpu_memory, here)
     peak = 0 if activations is None else parse_bytes(activations, "activations")
     slack = int(gpu.SLACK_SHARE * card.memory)
@@ -120,25 +136,27 @@ def plan(
         ("driver and other processes", card.context),
         ("weights", weights),
         ("gradients at one time" if are_few else "gradients", gradients),
+        *share.spent((name, tensor) for name, tensor, _ in tensors),
         ("activations", peak),
         ("slack", slack),
     )
     room = card.memory - sum(count for _, count in spent[1:])
     found = select(
         [Demand(Limits(card.name, room, *card.rates, spent=spent), trained, sums, accumulation)],
-        _host_room(host_memory),
+        _host_room(host_memory) // ranks,
         prefer=prefer,
         block_size=block_size,
         weights=check_weights("auto", master_weights, stochastic_rounding),
         notes=(
             *((_of_sums(sums.host, accumulation, card),) if on_host else ()),
             *(() if activations is not None else (_NO_ACTIVATIONS,)),
+            *share.notes(),
         ),
     )
     if tokens is None or found.chosen is None:
         return found
     run = overlap.Run(tokens, accumulation, checkpointing, gradient_release, sums.host)
-    return replace(found, notes=(*found.notes, _of_time(found.chosen, [t for t, _ in tensors], run, card)))
+    return replace(found, notes=(*found.notes, _of_time(found.chosen, [t for _, t, _ in tensors], run, card)))
 
 
 def _of_time(chosen: Candidate, tensors: Sequence[Tensor], run: overlap.Run, card: Card) -> str:
@@ -157,10 +175,14 @@ def _of_sums(nbytes: int, accumulation: int, card: Card) -> str:
     )
 
 
-def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Each tensor with its group; of a module its buffers too."""
+_Named = Iterator[tuple[str, Tensor, Mapping[str, Any]]]
+
+
+def _tensors(model_or_params: nn.Module | Iterable[Any]) -> _Named:
+    """Each tensor with its name, if it has one, and its group; of a module its buffers too."""
     if isinstance(model_or_params, nn.Module):
-        yield from ((tensor, {}) for tensor in (*model_or_params.parameters(), *model_or_params.buffers()))
+        named = (*model_or_params.named_parameters(), *model_or_params.named_buffers())
+        yield from ((name, tensor, {}) for name, tensor in named)
         return
     if isinstance(model_or_params, Tensor | str) or not isinstance(model_or_params, Iterable):
         what = "one tensor" if isinstance(model_or_params, Tensor) else f"{model_or_params!r:.60}"
@@ -175,16 +197,16 @@ def _tensors(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tenso
         members = item["params"] if isinstance(item, Mapping) else [item]
         alone = isinstance(members, Tensor) or not isinstance(members, Iterable)
         for member in [members] if alone else members:
-            tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
+            name, tensor = member if isinstance(member, tuple) and len(member) == 2 else ("", member)
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"model_or_params has a {type(tensor).__name__} where a tensor should be")
-            yield tensor, group
+            yield str(name), tensor, group
 
 
-def _counted(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+def _counted(model_or_params: nn.Module | Iterable[Any]) -> _Named:
     """Each tensor once, of which the size is known."""
     seen = set()
-    for tensor, group in _tensors(model_or_params):
+    for name, tensor, group in _tensors(model_or_params):
         if is_lazy(tensor):
             raise ValueError(
                 "model_or_params has a parameter of a lazy module, whose shape is not known yet: run a "
@@ -196,7 +218,7 @@ def _counted(model_or_params: nn.Module | Iterable[Any]) -> Iterator[tuple[Tenso
             )
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield tensor, group
+            yield name, tensor, group
 
 
 def _trained(tensor: Tensor, group: Mapping[str, Any], grad_dtype: torch.dtype | None) -> Trained:

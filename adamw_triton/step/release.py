@@ -398,7 +398,7 @@ def _check_alone() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            f"gradient_release=True is for one process, and there are {distributed.get_world_size()}: DDP "
-            "would average gradients after they have been used up. Make the optimizer with "
+            f"gradient_release=True is for one process, and there are {distributed.get_world_size()}: "
+            "gradients would be averaged after they have been used up. Make the optimizer with "
             "gradient_release=False"
         )

@@ -33,8 +33,9 @@ class Asked:
     chosen: object | None = "8bit"
     limits: ClassVar[Any] = [SimpleNamespace(room=0)]
 
-    def __call__(self, params: Any, gpu_memory: Any = None, host_memory: Any = None, **more: Any) -> Asked:
-        self.params, self.gpu, self.host, self.more = list(params), gpu_memory, host_memory, more
+    def __call__(self, named: Any, gpu_memory: Any = None, host_memory: Any = None, **more: Any) -> Asked:
+        self.names, self.params = zip(*named, strict=True)
+        self.gpu, self.host, self.more = gpu_memory, host_memory, more
         return self
 
     @property
@@ -88,7 +89,7 @@ def test_all_options_reach_the_selector(asked: Asked) -> None:
     assert asked.more == {
         "activations": 3 * GIB, "prefer": "exact", "gradient_release": True,
         "accumulation": 1, "accumulate_on": "gpu", "accumulate_dtype": None,
-        "tokens": 2048, "checkpointing": True,
+        "tokens": 2048, "checkpointing": True, "ranks": 1, "sharding": "full",
     }  # fmt: skip
     more = (
         "--accumulation 4 --accumulate-on host --accumulate-dtype fp32 --batch 3 --seq 100 --no-checkpointing"
@@ -98,6 +99,9 @@ def test_all_options_reach_the_selector(asked: Asked) -> None:
     assert asked.more["accumulate_dtype"] is torch.float32
     assert (asked.more["tokens"], asked.more["checkpointing"]) == (300, False)
     assert {param.dtype for param in asked.params} == {torch.float32}
+    assert run(f"{CONFIGS}/Llama-2-7B --gpu T4 --ranks 4 --sharding none") == 0
+    assert (asked.more["ranks"], asked.more["sharding"]) == (4, "none")
+    assert "model.layers.0.self_attn.q_proj.weight" in asked.names
 
 
 def test_where_tokens_do_not_meet_all_weights_backward_is_not_timed(asked: Asked, tmp_path: Path) -> None:
@@ -263,6 +267,9 @@ REFUSED = {
     "--params 7e9 --gpu T4 --accumulate-on host": "--accumulate-on host needs --release",
     "--params 7e9 --gpu T4 --accumulate-dtype fp32": "--accumulate-dtype needs --accumulate-on host",
     "--params 7e9 --gpu T4 --accumulate-dtype fp8": "--accumulate-dtype must be fp32, not 'fp8'",
+    "--params 7e9 --gpu T4 --ranks 0": "--ranks must be 1 to",
+    "--params 7e9 --gpu T4 --ranks 2 --sharding half": "--sharding must be full or none, not 'half'",
+    "--params 7e9 --gpu T4 --ranks 2 --release": "--release is for one GPU, not for --ranks 2",
     "--params 7e9 --gpu T4 --batch 0": "--batch must be 1 to",
     "--params 7e9 --gpu T4 --seq 99999999999": "--seq must be 1 to 16,777,216, not 99999999999",
     "--params 7e9 --gpu T4 --dtype fp8": "--dtype must be fp32 or bf16 or fp16, not 'fp8'",

@@ -101,5 +101,5 @@ def test_replicas_have_the_bits_of_one_process_and_release_is_refused() -> None:
     for runs, refused in found:
         for (name, views), run in runs.items():
             assert run == expected[name], (name, views)
-        assert refused.startswith("gradient_release=True is for one process, and there are 2: DDP would")
+        assert refused.startswith("gradient_release=True is for one process, and there are 2: gradients")
         assert "gradient_release=False" in refused

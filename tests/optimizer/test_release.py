@@ -421,7 +421,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tower()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="for one process, and there are 2: DDP"):
+    with pytest.raises(RuntimeError, match="for one process, and there are 2: gradients would be averaged"):
         model(torch.ones(2, 100)).sum().backward()
 
 
