@@ -25,7 +25,7 @@ from adamw_triton_kernels.weights import read
 from adamw_triton_kernels.work import MASTER, REMAINDER
 from tests.optimizer.problems import bits, saved, state_bits
 
-SEQUENCES = int(os.environ.get("ADAMW_TRITON_SEQUENCES", "30"))
+SEQUENCES = int(os.environ.get("ADAMW_TRITON_SEQUENCES", "12"))
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit", "auto")
 SIZES = ((1,), (5,), (127,), (70, 65), (4097,), (9000,), (33, 200))
 

@@ -27,7 +27,7 @@ from adamw_triton.state.buffers import Page
 from tests.optimizer.problems import bits, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order
 
-CASES = int(os.environ.get("ADAMW_TRITON_CASES", "16"))
+CASES = int(os.environ.get("ADAMW_TRITON_CASES", "10"))
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 BUCKET = 40_000
 
