@@ -113,9 +113,13 @@ def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object, ca
         )
 
 
+def check_choice(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"Invalid {name}: {value!r}; it must be True or False")
+
+
 def check_release(gradient_release: object, max_grad_norm: float | None, capturable: bool) -> None:
-    if not isinstance(gradient_release, bool):
-        raise ValueError(f"Invalid gradient_release: {gradient_release!r}; it must be True or False")
+    check_choice("gradient_release", gradient_release)
     if gradient_release and max_grad_norm is not None and max_grad_norm < math.inf:
         raise ValueError(
             f"max_grad_norm={max_grad_norm} needs the norm of all gradients before any is used up, as "

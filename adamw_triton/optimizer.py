@@ -547,9 +547,8 @@ class AdamW(torch.optim.Optimizer):
             reading.remove()
         self._whole = WholeSteps()
         if self._release is not None:
-            self._release.abandon(
-                self.param_groups
-            )  # gradients of a backward that failed are none of the next
+            # Gradients of a backward that failed are none of the next.
+            self._release.abandon(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})

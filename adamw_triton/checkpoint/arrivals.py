@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adamw_triton.checkpoint.entries import Saved, flat_of, read
-from adamw_triton.checkpoint.parts import part_of
+from adamw_triton.checkpoint.entries import Saved, flat_of
+from adamw_triton.checkpoint.parts import read_part
 from adamw_triton.memory.overlaps import share_memory
 from adamw_triton.state.buffers import Slot
-from adamw_triton.state.formats import Float32, Moments, as_real, is_dense, kept_arrays
+from adamw_triton.state.formats import Float32, Moments, is_dense, kept_arrays
 from adamw_triton_kernels.codes import LARGEST_ROOT
 from adamw_triton_kernels.work import NEAREST
 
@@ -60,7 +60,7 @@ def prepare(entry: object, slot: Slot, betas: Betas, *, fresh: bool, taken: Sequ
     Raises:
         ValueError: naming the parameter and what is wrong.
     """
-    saved = read(part_of(entry, slot.param, slot.name), slot.name, as_real(slot.param).shape)
+    saved = read_part(entry, slot.param, slot.name)
     strides, own = slot.strides, slot.flat()
     if saved.format == replace(slot.format, weights=NEAREST) and is_dense(saved.elements):
         parts = {array.name: flat_of(saved.parts[array.name]) for array in slot.format.moments}

@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from adamw_triton.checkpoint.entries import Entry, check_others, check_values, has_state, others_of, read
-from adamw_triton.checkpoint.parts import part_of, put_together
+from adamw_triton.checkpoint.entries import Entry, check_others, check_values, has_state, others_of
+from adamw_triton.checkpoint.parts import put_together, read_part
 from adamw_triton.checkpoint.saving import VERSION, VERSION_KEY
-from adamw_triton.state.formats import as_real
 from adamw_triton.tensors import named
 
 Groups = Sequence[dict[str, Any]]
@@ -96,8 +94,7 @@ def _check_numbering(keys: Sequence[Any], groups: Groups) -> None:
 def _checked(entry: Any, param: Tensor, name: str) -> Entry:
     checked: dict[Any, Any] = {}
     if has_state(entry):
-        entry = part_of(entry, param, name)
-        saved = read(entry, name, None if is_lazy(param) else as_real(param).shape)
+        saved = read_part(entry, param, name)
         check_values(saved, name)
         checked = {**saved.scalars, **put_together(saved.parts, param)}
     else:

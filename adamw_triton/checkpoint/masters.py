@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamw_triton.checkpoint.entries import read
-from adamw_triton.checkpoint.parts import part_of
+from adamw_triton.checkpoint.parts import read_part
 from adamw_triton.state.buffers import Slot, State, remember
 from adamw_triton.state.formats import KEPT, kept_with
 from adamw_triton.state.shards import like, local, part
@@ -164,7 +163,7 @@ class Masters:
         entry, name = self.state[param], kept_with(param.dtype)
         assert name is not None
         if name not in entry:  # of another optimizer, without a place yet
-            similar = read(part_of(entry, param, "parameter"), "parameter").elements
+            similar = read_part(entry, param, "parameter").elements
             entry[name] = torch.empty_like(similar, dtype=KEPT[name].dtype, device=_HOST)
         value = part(value.detach(), param).to(_HOST, torch.float32)
         weights.write(value, local(param), [local(entry[name])], name)

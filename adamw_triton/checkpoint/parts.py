@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from adamw_triton.checkpoint.entries import Entry, has_state, others_of, read
-from adamw_triton.state.buffers import NORM
+from adamw_triton.checkpoint.entries import Entry, Saved, has_state, others_of, read
+from adamw_triton.state.formats import as_real
 from adamw_triton.state.shards import (
     is_shard,
     like,
@@ -21,11 +22,9 @@ from adamw_triton.state.shards import (
 )
 from adamw_triton_kernels.work import REMAINDER
 
-_SCALARS = ("step", NORM)
 
-
-def part_of(entry: Any, param: Tensor, name: str) -> Any:
-    """The entry as it is for what of a parameter is here, plain; that of one that is no shard as it is.
+def read_part(entry: object, param: Tensor, name: str) -> Saved:
+    """What ``entries.read`` makes of an entry, for what of its parameter is here.
 
     Args:
         name: what messages call the parameter.
@@ -33,13 +32,19 @@ def part_of(entry: Any, param: Tensor, name: str) -> Any:
     Raises:
         ValueError: naming the parameter and what is wrong.
     """
+    return read(_part_of(entry, param, name), name, None if is_lazy(param) else as_real(param).shape)
+
+
+def _part_of(entry: Any, param: Tensor, name: str) -> Any:
+    """Plain, of a shard; any other as it is."""
     if not (is_shard(param) and isinstance(entry, dict) and has_state(entry)):
         return entry
     others = others_of(entry)
     state = {key: value for key, value in entry.items() if key not in others}
     if _is_whole(state, param):
-        state = _cut(state, param, name)
-    return {**{key: _here(value, param) for key, value in state.items()}, **others}
+        return {**_cut(state, param, name), **others}
+    here = {key: local_like(x, param) if isinstance(x, Tensor) else x for key, x in state.items()}
+    return {**here, **others}
 
 
 def _is_whole(state: Entry, param: Tensor) -> bool:
@@ -54,17 +59,13 @@ def _cut(state: Entry, param: Tensor, name: str) -> dict[Any, Any]:
     saved = read(state, name, whole_shape(param))
     stay = saved.format is not None and param.dim() == 2 and uncut(param) % saved.block == 0
     parts = {**saved.moments(), **saved.kept} if saved.dialect.coded and not stay else saved.parts
-    cut = {key: value for key, value in state.items() if key in _SCALARS}
+    cut: dict[Any, Any] = dict(saved.scalars)
     for key, whole in parts.items():
         if key in saved.parts and saved.dialect.parts[key].kind == "scales":
             cut[key] = of_whole(whole.view(rows_of_blocks(param, saved.block)), param, saved.block)
         else:
             cut[key] = of_whole(whole, param)
     return cut
-
-
-def _here(value: Any, param: Tensor) -> Any:
-    return local_like(value, param) if isinstance(value, Tensor) and is_shard(value) else value
 
 
 def as_bytes(entry: dict[Any, Any], param: Tensor) -> dict[Any, Any]:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from adamw_triton.checkpoint.entries import GATHERED, Entry, has_state, others_of, read
-from adamw_triton.checkpoint.parts import as_bytes, part_of, put_together
+from adamw_triton.checkpoint.entries import GATHERED, Entry, has_state, others_of
+from adamw_triton.checkpoint.parts import as_bytes, put_together, read_part
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
-from adamw_triton.state.formats import as_real
 from adamw_triton.state.shards import is_shard
 from adamw_triton.tensors import is_flattened, named
 from adamw_triton_kernels.work import REMAINDER
@@ -60,16 +59,19 @@ class Writer:
         state = dict(state_dict["state"])
         for key, (param, name) in zip(keys, params, strict=True):
             if param in shown:
-                entry = state[key] = shown[param]
-                if has_state(entry) and not param.is_meta:
-                    if self._is_portable(param, entry):
-                        entry = {**_portable(entry, param, name), **others_of(entry)}
-                    entry = as_bytes(entry, param)
-                    if self.state_format is None and is_flattened(param) and REMAINDER in entry:
-                        entry = _of_one_dtype(entry)
-                    state[key] = entry
+                entry = shown[param]
+                plain = param.is_meta or not has_state(entry)
+                state[key] = entry if plain else self._formed(entry, param, name)
         version = {} if self.state_format == "portable" else {VERSION_KEY: VERSION}
         return {**state_dict, "state": state, **version}
+
+    def _formed(self, entry: dict[str, Any], param: Tensor, name: str) -> dict[str, Any]:
+        """Portable or not, and as whoever puts parts of several ranks together can take it."""
+        if self._is_portable(param, entry):
+            entry = {**_portable(entry, param, name), **others_of(entry)}
+        if self.state_format is None and is_flattened(param) and REMAINDER in entry:
+            return _of_one_dtype(entry)
+        return as_bytes(entry, param)
 
     def _is_portable(self, param: Tensor, entry: Entry) -> bool:
         if self.state_format is not None:
@@ -164,7 +166,7 @@ def _own_storage(tensor: Tensor) -> Tensor:
 def _portable(entry: Entry, param: Tensor, name: str) -> dict[str, Any]:
     """fp32 moments under torch.optim.AdamW's names. What has to be decoded comes to the host: a GPU that
     needs 8-bit state has no room for it."""
-    saved = read(part_of(entry, param, name), name, as_real(param).shape)
+    saved = read_part(entry, param, name)
     moments = saved.moments()
     if saved.dialect.coded:
         moments = {key: moment.cpu() for key, moment in moments.items()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +52,13 @@ class Stage:
     """Whose state was here last."""
     left: Event | None = None
     """After it, that is on the host again."""
+
+
+def join(pagers: Mapping[torch.device, Pager], devices: Collection[torch.device] | None = None) -> None:
+    """``Pager.join`` of these devices, or of all."""
+    for device, pager in pagers.items():
+        if devices is None or device in devices:
+            pager.join()
 
 
 class Pager:

@@ -18,9 +18,9 @@ from adamw_triton.places.sums import Summing, Sums
 from adamw_triton.selection.auto import Chooser
 from adamw_triton.selection.selector import bits_of
 from adamw_triton.state.buffers import STEPS, Scalars, State
-from adamw_triton.state.formats import KEPT, SMALLEST_8BIT, format_for
+from adamw_triton.state.formats import KEPT, SMALLEST_8BIT, Float32, format_for
 from adamw_triton.state.placement import Policy
-from adamw_triton.state.shards import any_shard, uncut, whole_numel
+from adamw_triton.state.shards import is_shard, uncut, whole_numel
 from adamw_triton.step.batch import Batch, Item
 from adamw_triton.step.stepped import Alike, Apart, Groups, Stepped
 from adamw_triton.tensors import is_trained, name_of
@@ -148,13 +148,17 @@ class Reservations:
 
     def _tell_of_shards(self, groups: Groups, state: State) -> None:
         """That some keep 32 bits where 8 were asked for, once."""
-        if self._told or self._chooser.bits != 8 or not any_shard([p for g in groups for p in g["params"]]):
+        coded = {
+            id(param)
+            for group in groups
+            if bits_of(group.get("state_bits"), bool(group["amsgrad"]), self._chooser.bits) == 8
+            for param in group["params"]
+            if is_shard(param) and whole_numel(param) >= SMALLEST_8BIT
+        }
+        if self._told or not coded:
             return
-        wide = [
-            each
-            for each in self._wanted(groups, state)
-            if uncut(each.param) % self._block_size and whole_numel(each.param) >= SMALLEST_8BIT
-        ]
+        wanted = [each for each in self._wanted(groups, state) if id(each.param) in coded]
+        wide = [each for each in wanted if isinstance(each.format, Float32)]
         if wide:
             self._told = True
             _log.warning(

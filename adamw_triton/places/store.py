@@ -17,7 +17,7 @@ from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.host import require_host
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.device import Device, device_for
-from adamw_triton.paging.pager import Pager, Work, never
+from adamw_triton.paging.pager import Pager, Work, join, never
 from adamw_triton.places.placing import Wanted, make_places
 from adamw_triton.places.shown import Shown, keep_apart, show
 from adamw_triton.state.buffers import (
@@ -201,9 +201,7 @@ class Store:
 
     def join(self, devices: Collection[torch.device] | None = None) -> None:
         """What comes next on the current streams, of these devices or of all, happens after their updates."""
-        for device, pager in self._pagers.items():
-            if devices is None or device in devices:
-                pager.join()
+        join(self._pagers, devices)
 
     def fetch(self, pages: Sequence[Page]) -> None:
         """Have pages come in that ``run`` will begin with, most likely."""

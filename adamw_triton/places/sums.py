@@ -20,7 +20,7 @@ from torch import Tensor
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.host import require_host
 from adamw_triton.paging.device import Device
-from adamw_triton.paging.pager import Arrays, Pager, Work
+from adamw_triton.paging.pager import Arrays, Pager, Work, join
 from adamw_triton.paging.transfer import COPY
 from adamw_triton.places.store import by_device
 from adamw_triton.state.buffers import Buffer, Page
@@ -178,9 +178,7 @@ class Sums:
 
     def join(self, devices: Collection[torch.device] | None = None) -> None:
         """What comes next on the current streams, of these devices or of all, happens after all additions."""
-        for device, pager in self._pagers.items():
-            if devices is None or device in devices:
-                pager.join()
+        join(self._pagers, devices)
 
     def free(self) -> None:
         """Hand back the staging buffers."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from adamw_triton.arguments import BLOCK_SIZES, check_accumulation, check_weights
+from adamw_triton.arguments import BLOCK_SIZES, check_accumulation, check_choice, check_weights
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes, parse_bytes
@@ -94,9 +94,8 @@ def plan(
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     if not (grad_dtype is None or isinstance(grad_dtype, torch.dtype)):
         raise TypeError(f"grad_dtype must be a torch.dtype or None, not {grad_dtype!r:.60}")
-    for name, choice in (("gradient_release", gradient_release), ("checkpointing", checkpointing)):
-        if not isinstance(choice, bool):
-            raise ValueError(f"Invalid {name}: {choice!r}; it must be True or False")
+    check_choice("gradient_release", gradient_release)
+    check_choice("checkpointing", checkpointing)
     for name, value in (
         ("accumulation", accumulation),
         ("tokens", 1 if tokens is None else tokens),

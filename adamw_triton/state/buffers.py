@@ -18,7 +18,7 @@ from torch import Tensor
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Arranged, Format, as_real, nbytes, round_up
-from adamw_triton.state.shards import first_index, is_shard, like, local, rows_of_blocks
+from adamw_triton.state.shards import any_shard, first_index, is_shard, like, local, rows_of_blocks
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -196,15 +196,13 @@ def begin_anew(slots: Sequence[Slot]) -> None:
 
 def _versions(slots: Sequence[Slot]) -> list[int | None]:
     """What torch counts up whenever it writes to a tensor, but through ``.data``."""
+    params = [slot.param for slot in slots]
+    if any_shard(params):  # somebody may write to the whole, or to what is here
+        return [param._version + is_shard(param) * local(param)._version for param in params]
     try:
-        return [_version(slot.param) for slot in slots]
+        return [param._version for param in params]
     except RuntimeError:  # of what was made in inference mode nothing is counted
-        return [None if slot.param.is_inference() else _version(slot.param) for slot in slots]
-
-
-def _version(param: Tensor) -> int:
-    """Of a shard somebody may write to the whole, or to what is here."""
-    return param._version + local(param)._version if is_shard(param) else param._version
+        return [None if param.is_inference() else param._version for param in params]
 
 
 class Buffer:

@@ -75,8 +75,6 @@ class Release:
         self._held = {} if adding is None else adding.held
         self._name = weakref.WeakMethod(name)
         self._buckets = Buckets(placement.BUCKET_BYTES)
-        self._heard = WeakIdKeyDictionary()
-        """Parameters that have a hook of ours."""
         self._hooks: dict[int, Any] = {}
         """By id of the parameter, what removes it."""
         self._is_left = False
@@ -97,30 +95,29 @@ class Release:
         for hook in self._hooks.values():
             hook.remove()
 
-    def watch(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Hear of the gradients of all parameters that require some by now."""
+    def watch(self, groups: Iterable[Mapping[str, Any]], *, of_others: bool = True) -> None:
+        """Hear of the gradients of all parameters that require some by now. ``of_others``: also of those that
+        another optimizer hears of, which is still there and would step them first."""
         for group in groups:
             for param in group["params"]:
-                can = param.requires_grad and param.is_leaf and not is_lazy(param)
-                if can and param not in self._heard:
-                    self._take_over(param)
-                    self._heard[param] = True
+                if not param.requires_grad or not param.is_leaf or is_lazy(param):
+                    continue
+                hears = _OF_PARAM[param]() if param in _OF_PARAM else None
+                if hears is None or (of_others and hears is not self):
+                    if hears is not None:
+                        hears._leave(param)
+                    _OF_PARAM[param] = weakref.ref(self)
                     self._hooks[id(param)] = param.register_post_accumulate_grad_hook(_Hook(self))
 
-    def _take_over(self, param: Tensor) -> None:
-        """From another optimizer that is still there, which would step it first: the newest one counts."""
-        before = _OF_PARAM[param]() if param in _OF_PARAM else None
-        _OF_PARAM[param] = weakref.ref(self)
-        if before is None:
-            return
-        before._hooks.pop(id(param)).remove()
-        del before._heard[param]
-        if not before._is_left:
-            before._is_left = True
+    def _leave(self, param: Tensor) -> None:
+        """To an optimizer that was made later."""
+        self._hooks.pop(id(param)).remove()
+        if not self._is_left:
+            self._is_left = True
             _log.warning(
                 "gradient_release: %s belongs to an optimizer made before, which is still referenced: from "
                 "now on the new one alone steps it during backward, and whatever else both have",
-                before._called(param),
+                self._called(param),
             )
 
     def accumulating(self) -> AbstractContextManager[None]:
@@ -200,7 +197,7 @@ class Release:
                     self._step(bucket)
                 self._joined()
                 self.begin()
-            self.watch(groups)
+            self.watch(groups, of_others=False)
 
     def abandon(self, groups: Iterable[Mapping[str, Any]]) -> int:
         """Drop all gradients, and let what has been stepped be; how many parameters that were."""

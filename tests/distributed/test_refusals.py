@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 from typing import Any
 
@@ -47,6 +48,41 @@ def test_what_cannot_be() -> None:
     assert "exp_avg is a DTensor, not a plain tensor: gather it first" in found["state into whole"]
     assert "parameter 0 of group 0 is a DTensor of partial sums" in found["partial"]
     assert "has shape (128,), the parameter (64,)" in found["gradient"]
+
+
+def told() -> list[list[str]]:
+    """What is logged where odd rows keep 32 bits: asked for 8, and not."""
+    found = []
+    for bits in (None, 32):
+        model, _ = made(Case({"variant": "8bit"}, sizes={"hidden_size": 96}), "shards")
+        group = {"params": list(model.parameters()), "state_bits": bits}
+        optimizer = adamw_triton.AdamW([group], variant="8bit")
+        with Told() as records:
+            train(model, optimizer, range(2))
+        found.append(records)
+    return found
+
+
+class Told(logging.Handler):
+    """Messages of ours."""
+
+    def __enter__(self) -> list[str]:
+        self.messages: list[str] = []
+        logging.getLogger("adamw_triton").addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("adamw_triton").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def test_shards_that_keep_32_bits_are_told_of_once_where_8_were_asked_for() -> None:
+    asked, not_asked = together(2, told)[0]
+    assert len(asked) == 1
+    assert "their rows are no whole blocks of 128" in asked[0]
+    assert not not_asked
 
 
 def between_steps(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:

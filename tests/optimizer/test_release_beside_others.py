@@ -49,8 +49,13 @@ def test_the_newest_optimizer_of_a_parameter_steps_it(caplog: pytest.LogCaptureF
         assert all(param.grad is None for param in model[3:].parameters())
         optimizer.step()
     assert not changed(model, weights)
-    before.step()  # has nothing to do
+    before.step()  # has nothing to do, and takes nothing back
     assert not changed(model, weights)
+    model(X).sum().backward()
+    assert all(param.grad is None for param in model[3:].parameters())
+    optimizer.step()
+    assert not changed(model, weights)
+    assert len(caplog.records) == 1
     assert {int(entry["step"]) for entry in before.state.values()} == {1}
 
 
