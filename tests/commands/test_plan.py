@@ -403,6 +403,12 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
         more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"] and each["fits"])
         assert more["weights"] == weights
         assert claim.format(f"{more['host_bytes'] / GIB:.1f} GiB") in readme
+    shares = []
+    for batches in (1, 4, 8, 16):
+        assert run(f"{line} 64GiB --accumulation {batches}") == 0
+        notes = json.loads(capsys.readouterr().out)["plan"]["notes"]
+        shares.append(re.findall(r"come on top: ([\d.]+%)", notes[-1])[0])
+    assert "{} for one micro-batch, {} for 4, {} for 8, {} for 16".format(*shares) in readme
     assert run(line + "48GiB") == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
