@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+# The command line shows its help without torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from adamw_triton.selection.selector import Trained
+    from adamw_triton.selection.selector import Trained
 
 SHARDINGS = ("full", "none")
 """``fully_shard`` of each layer and of the model (FSDP2), or replicas (DDP)."""
