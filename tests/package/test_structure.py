@@ -15,7 +15,7 @@ ROOMS = [
     {"cli"},
     {"commands"},
     {"demo", "doctor"},
-    {"huggingface", "architectures"},
+    {"huggingface", "architectures", "monitoring"},
     {"trainer_arguments"},
     {"__init__"},
     {"optimizer", "store", "grouping"},
@@ -25,7 +25,7 @@ ROOMS = [
     {"paging"},
     {"state"},
     {"memory"},
-    {"models", "interrupts", "_version"},
+    {"telemetry", "models", "interrupts", "_version"},
 ]
 KERNEL_ROOMS = [
     {"ahead"},
@@ -36,7 +36,7 @@ KERNEL_ROOMS = [
     {"reference", "norms"},
     {"codes", "weights"},
     {"fusion", "runs"},
-    {"work", "tables"},
+    {"work", "tables", "statistics"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.
 SAME_ROOM = {("blockwise", "update_rule"), ("demo", "demo")}
@@ -109,7 +109,7 @@ def test_transformers_stays_in_its_room() -> None:
 
 
 def test_plain_torch_needs_no_triton() -> None:
-    for name in ("reference", "codes", "weights", "work", "__init__"):
+    for name in ("reference", "codes", "weights", "work", "statistics", "__init__"):
         path = ROOT / "kernels/adamw_triton_kernels" / f"{name}.py"
         assert not {module for module in imports(path) if module.split(".")[0] == "triton"}, path
 
