@@ -106,11 +106,11 @@ class Observed:
         if not self.tensors:
             return {}
         each, numels, coded = self.each, self._numels, self._coded
-        squares = [each[name].square().sum() for name in NORMS]
+        gradient, weight, gone = (each[name].square().sum() for name in NORMS)
         decayed = (each["decay_share"] * each["update_norm"]).nan_to_num(0.0).square().sum()
         count = numels.sum()
         found = {
-            **_norms(*squares, decayed),
+            **_norms(gradient, weight, gone, decayed),
             "lost_share": self._column("lost").sum() / count,
             "exp_avg_rms": (self._column("exp_avg").sum() / count).sqrt(),
             "exp_avg_sq_mean": self._column("exp_avg_sq").sum() / count,
