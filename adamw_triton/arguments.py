@@ -39,6 +39,7 @@ _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "sta
 OF_THE_OPTIMIZER = (
     "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
     "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release", "accumulate_on", "accumulate_dtype",
+    "telemetry",
 )  # fmt: skip
 _OF_ALL_GRADIENTS = ("max_grad_norm", "nonfinite")
 NONFINITE = ("propagate", "skip", "raise")
@@ -59,6 +60,18 @@ def check_variant(variant: object, block_size: object, capturable: bool) -> Vari
             "use 'auto', '32bit' or '8bit'"
         )
     return found
+
+
+def check_telemetry(telemetry: object) -> int:
+    """Of so many steps one is looked at; 0: none."""
+    if isinstance(telemetry, bool):
+        return int(telemetry)
+    if not isinstance(telemetry, int) or telemetry < 1:
+        raise ValueError(
+            f"Invalid telemetry: {telemetry!r}; it must be False, True for every step, or a whole number N "
+            "from 1 on for every N-th"
+        )
+    return telemetry
 
 
 def check_implementation(fused: object, foreach: object, differentiable: object) -> None:

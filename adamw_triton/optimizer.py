@@ -23,6 +23,7 @@ from adamw_triton.arguments import (
     check_movable,
     check_paging,
     check_release,
+    check_telemetry,
     check_unscaled,
     check_variant,
     check_weights,
@@ -43,9 +44,10 @@ from adamw_triton.step.batch import Batch, Tensors
 from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Adding, Release
+from adamw_triton.step.statistics import Statistics
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
-from adamw_triton.tensors import check_new_param, name_of, named
+from adamw_triton.tensors import check_new_param, model_names, name_of, named
 from adamw_triton_kernels import tables
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
@@ -129,6 +131,11 @@ class AdamW(torch.optim.Optimizer):
         accumulate_dtype: of the sums with ``accumulate_on="host"``. None: that of each gradient, in which
             every addition rounds. ``torch.float32``: 4 bytes a parameter, rounded to the gradient's dtype
             once, after the last has been added.
+        telemetry: have the update say what it does: gradient, weight and update norms, moments, the share of
+            weights whose update was rounded away, and more (``stats()``, ``diagnose()``). True: at every
+            step; N: at every N-th, and the others run the plain kernels. Weights and state are the same to
+            the bit. Replays of a CUDA graph say nothing. Where parameters are shards, the ranks add up at
+            those steps.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 
@@ -148,10 +155,12 @@ class AdamW(torch.optim.Optimizer):
     gradient_release: bool = False
     accumulate_on: str = "gpu"
     accumulate_dtype: torch.dtype | None = None
+    telemetry: bool | int = False
     _release: Release | None = None
     _places: Reservations
     _whole: WholeSteps
     _clipping: Clipping
+    _statistics: Statistics
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _DECIDED and name in self.__dict__:
@@ -184,6 +193,7 @@ class AdamW(torch.optim.Optimizer):
         gradient_release: bool = False,
         accumulate_on: str = "gpu",
         accumulate_dtype: torch.dtype | None = None,
+        telemetry: bool | int = False,
         fused: bool | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -195,6 +205,7 @@ class AdamW(torch.optim.Optimizer):
         check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
         check_release(gradient_release, max_grad_norm, capturable)
         check_accumulation(accumulate_on, accumulate_dtype, gradient_release, budget)
+        check_telemetry(telemetry)
         if accumulate_on == "host" and budget is not None:
             budget -= STAGES * sum_page(budget)
         self._chooser = chooser_for(how, budget, block_size, capturable, weights, gradient_release)
@@ -211,6 +222,7 @@ class AdamW(torch.optim.Optimizer):
         self.gradient_release = gradient_release
         self.accumulate_on = accumulate_on
         self.accumulate_dtype = accumulate_dtype
+        self.telemetry = telemetry
         self._reset()
         defaults = {
             "lr": lr,
@@ -245,6 +257,23 @@ class AdamW(torch.optim.Optimizer):
         """By ``nonfinite="skip"`` since this optimizer was made; state dicts do not have it. Waits for the
         last step."""
         return self._clipping.skipped
+
+    def stats(
+        self, *, per_param: bool = False, wait: bool = True, model: torch.nn.Module | None = None
+    ) -> dict[str, float]:
+        """What the last step did that ``telemetry`` has looked at: a flat dict of ``"step"`` (which call of
+        ``step()``; the first is 1) and the numbers that ``telemetry.observed.METRICS`` names, of all
+        parameters together. Empty before there is one.
+
+        Args:
+            per_param: also ``"grad_norm/<name>"`` and so on, of each that had a gradient.
+            wait: for that step; else the last one that has arrived from the GPU.
+            model: whose names to use; None: those of ``named_parameters()``, if the optimizer was made of
+                these, else each parameter's group and its place there.
+        """
+        history = self._statistics.history(wait)
+        names = None if model is None else model_names(model, self.param_groups)
+        return history[-1].flat(per_param, names) if history else {}
 
     @property
     def _summing(self) -> Summing | None:
@@ -317,6 +346,7 @@ class AdamW(torch.optim.Optimizer):
             with lasting(), self._store.hold():
                 self._clipping.begin()
                 self._update(scale)
+        self._statistics.finish(self.param_groups)
         return loss
 
     def accumulating(self) -> AbstractContextManager[None]:
@@ -327,6 +357,7 @@ class AdamW(torch.optim.Optimizer):
     def abandon_step(self) -> int:
         """With ``gradient_release``, after a backward that failed: go on with some parameters a step ahead of
         the others, whose gradients and sums are dropped. How many they are."""
+        self._statistics.drop()
         return 0 if self._release is None else self._release.abandon(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -380,16 +411,17 @@ class AdamW(torch.optim.Optimizer):
         self._store.reload(self.state)
         ordered = batch.in_order(stepped)
         judged = self._judge(batch, ordered, scale, stepped) if self._clipping.active else None
-        if judged is not None and judged.known_skipped():
+        left = batch.left() if self._statistics.wanted else None
+        stop = never if judged is None or left is not None else judged.known_skipped
+        if stop():
             return
-        work = batch.prepare(ordered, Settings(self.param_groups, scale), judged)
+        work = batch.prepare(ordered, Settings(self.param_groups, scale), judged, left)
         self._store.prepare(work)
         with self._whole.commit(in_graph=tables.capturing()):
             self._store.attach(batch.slots, self.state)
             if changed := batch.changed():
                 self._store.finish()  # or a page on its way would arrive over it
                 begin_anew(changed)
-            stop = judged.known_skipped if judged is not None else never
             self._store.run(work, stop, (ordered, stepped.grads, judged))
             batch.count(judged)
             if batch.copies:
@@ -397,6 +429,8 @@ class AdamW(torch.optim.Optimizer):
                 batch.copy_back(ordered, stepped)
             batch.remember()
             self._store.saw_weights()
+            if left is not None:
+                self._statistics.add(left)
 
     def _judge(
         self, batch: Batch, ordered: Tensors, scale: float | Tensor | None, stepped: Stepped
@@ -578,6 +612,7 @@ class AdamW(torch.optim.Optimizer):
         self._clipping = Clipping(
             self.max_grad_norm, self.adaptive_clip, self.nonfinite, whole=not self.gradient_release
         )
+        self._statistics = Statistics(int(self.telemetry))
         self._chooser.attach(self._store.on_gpu, self._spill, self._unspill)
         self._whole = WholeSteps()
         if self.gradient_release:

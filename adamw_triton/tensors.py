@@ -117,6 +117,23 @@ def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}"
 
 
+def keys_of(groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """By id of each parameter, the name that the user gave it; else its group and its place there: "0.3"."""
+    found = {}
+    for group_index, group in enumerate(groups):
+        names = group.get("param_names", ())
+        known = len(names) == len(group["params"])
+        for index, param in enumerate(group["params"]):
+            found[id(param)] = str(names[index]) if known else f"{group_index}.{index}"
+    return found
+
+
+def model_names(model: torch.nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A model's names of parameters, by those of ``keys_of``."""
+    keys = keys_of(groups)
+    return {keys[id(param)]: name for name, param in model.named_parameters() if id(param) in keys}
+
+
 def named(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
     """Each parameter of all groups, or the index that stands for it, with what messages call it."""
     return [

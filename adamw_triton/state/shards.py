@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamw_triton_kernels.statistics import SUMS
+
 
 def _class() -> Any:
     """``DTensor``, if anybody has imported it: else there is none."""
@@ -160,7 +162,7 @@ def _placements(param: Tensor) -> Sequence[Any]:
 
 
 class Summed:
-    """Norms of the parts that are here, made those of the whole gradients: replicas count once.
+    """Norms and statistics of the parts that are here, made those of the whole: replicas count once.
 
     Every rank has to come with the same parameters.
     """
@@ -173,6 +175,16 @@ class Summed:
         self._parts = [
             (torch.tensor(positions, device=device), groups) for groups, positions in of_groups.items()
         ]
+
+    def rows(self, table: Tensor) -> None:
+        """Statistics, a row of each parameter, in place."""
+        for positions, groups in self._parts:
+            sums, largest = table[positions].tensor_split([len(SUMS)], dim=1)
+            sums, largest = sums.contiguous(), largest.contiguous()
+            for group in groups:
+                torch.distributed.all_reduce(sums, group=group)
+                torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+            table[positions] = torch.cat([sums, largest], dim=1)
 
     def of(self, norms: Tensor, exact: torch.dtype) -> Tensor:
         """fp32, one of each parameter; ``exact``: what the device sums squares in."""

@@ -17,6 +17,7 @@ from adamw_triton.state.buffers import Buffer, Page, Slot, StateBuffer, overwrit
 from adamw_triton.state.formats import as_real, round_up
 from adamw_triton.step.clipping import GradientNorms, Gradients, Judged
 from adamw_triton.step.hyperparameters import Numbers, OnDevice, OnHost, Settings
+from adamw_triton.step.statistics import Left
 from adamw_triton.step.stepped import Stepped
 from adamw_triton_kernels import MAX_CHUNKS, Layout, Update, update_for
 from adamw_triton_kernels.tables import capturing, send, stream_of
@@ -107,8 +108,10 @@ class Launch:
     max_chunks: int
     like: Arrays
     """The page's arrays, without their memory."""
-    factors: tuple[int, ...]
-    """Which of the device's factors each piece takes; empty if there is but one."""
+    places: tuple[int, ...]
+    """Of each piece's parameter among those of its device."""
+    own_factors: bool
+    """Whether each parameter has one, or all the same."""
     firsts: tuple[int, ...]
     """Index in the whole parameter of each piece's first element."""
     layout: Layout | None = None
@@ -118,10 +121,11 @@ class Launch:
         self._whole = all(piece.whole for piece in self.pieces)
 
     def prepare(
-        self, tensors: Tensors, settings: Settings, factors: Tensor | None
+        self, tensors: Tensors, settings: Settings, factors: Tensor | None, left: Left | None
     ) -> Callable[[Arrays], None]:
         """All that can fail of the call, which wants the page's arrays alone."""
         rows, hyper = self.numbers.at_next_step(settings)
+        sums = None if left is None else left.told(tensors.params[0].device, self.places, rows, hyper)
         if self.layout is None or self.layout.rows is not rows:
             self.layout = self._lay_out(rows)
         layout = self.layout
@@ -131,7 +135,9 @@ class Launch:
             params, grads = (list(map(Piece.of, self.pieces, each)) for each in (params, grads))
         elif tensors.addresses is not None:
             addresses = self._pick(tensors.addresses[0]), self._pick(tensors.addresses[1])
-        return self.update.prepare(params, grads, self.like, layout, hyper, self.weights, factors, addresses)
+        return self.update.prepare(
+            params, grads, self.like, layout, hyper, self.weights, factors, addresses, sums
+        )
 
     def _lay_out(self, rows: tuple[int, ...]) -> Layout:
         return Layout(
@@ -139,7 +145,8 @@ class Launch:
             offsets=tuple(piece.offset for piece in self.pieces),
             firsts=self.firsts,
             rows=rows,
-            factors=self.factors,
+            factors=self.places if self.own_factors else (),
+            sums=self.places,
             max_chunks=self.max_chunks,
         )
 
@@ -215,14 +222,24 @@ class Batch:
         """Of the gradients."""
         return self._gradients.norms(ordered.grads)
 
-    def prepare(self, ordered: Tensors, settings: Settings, judged: Judged | None = None) -> Work:
+    def left(self) -> Left:
+        """Tables for what the updates leave of themselves."""
+        return Left(self.slots, self._gradients.of_device, self._gradients.summed)
+
+    def prepare(
+        self,
+        ordered: Tensors,
+        settings: Settings,
+        judged: Judged | None = None,
+        left: Left | None = None,
+    ) -> Work:
         """All that can fail."""
 
         def factors(page: Page) -> Tensor | None:
             return None if judged is None else judged.factors(page.buffer.device)
 
         return [
-            (page, in_turn([launch.prepare(ordered, settings, factors(page)) for launch in launches]))
+            (page, in_turn([launch.prepare(ordered, settings, factors(page), left) for launch in launches]))
             for page, launches in self._launches
         ]
 
@@ -306,7 +323,8 @@ def _launches(
             ),
             PAGE_CHUNKS if buffer.paged else MAX_CHUNKS,
             like,
-            tuple(places[piece.position] for piece in members) if buffer.scalars.norms else (),
+            tuple(places[piece.position] for piece in members),
+            buffer.scalars.norms,
             tuple(items[piece.position].slot.first + piece.first for piece in members),
         )
         for members in of_pair.values()

@@ -56,11 +56,12 @@ class Gradients:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
-        self._of_device: dict[torch.device, list[int]] = defaultdict(list)
+        self.of_device: dict[torch.device, list[int]] = defaultdict(list)
+        """Positions of those of each."""
         self.places: list[int] = []
         """Of each gradient among those of its device."""
         for position, slot in enumerate(slots):
-            mine = self._of_device[slot.buffer.device]
+            mine = self.of_device[slot.buffer.device]
             self.places.append(len(mine))
             mine.append(position)
         self._norms: dict[torch.device, tuple[Any, Summed]] = {}
@@ -69,9 +70,9 @@ class Gradients:
         if not self._norms:
             for slot in self._slots:
                 _check_whole(slot)
-            self._norms = {device: self._of(device, mine) for device, mine in self._of_device.items()}
+            self._norms = {device: self._of(device, mine) for device, mine in self.of_device.items()}
         return {
-            device: (norms, summed.of(norms.of([grads[i] for i in self._of_device[device]]), _exact(device)))
+            device: (norms, summed.of(norms.of([grads[i] for i in self.of_device[device]]), _exact(device)))
             for device, (norms, summed) in self._norms.items()
         }
 
@@ -79,7 +80,15 @@ class Gradients:
         slots = [self._slots[i] for i in mine]
         adapts = [tuple(slot.scalars().values()) for slot in slots if slot.buffer.scalars.norms]
         norms = norms_for(device).Norms([slot.numel for slot in slots], device, adapts)
-        return norms, Summed([slot.param for slot in slots], device)
+        return norms, self.summed[device]
+
+    @functools.cached_property
+    def summed(self) -> dict[torch.device, Summed]:
+        """On each, what makes numbers of shards those of whole parameters."""
+        return {
+            device: Summed([self._slots[position].param for position in mine], device)
+            for device, mine in self.of_device.items()
+        }
 
     @functools.cached_property
     def _averaged(self) -> list[tuple[StateBuffer, Tensor, Tensor]]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from adamw_triton_kernels.statistics import COLUMN, SAMPLED
 from adamw_triton_kernels.work import SKIP, Hyper
 
+HISTORY = 64
+"""Steps that are remembered."""
 NORMS = ("grad_norm", "weight_norm", "update_norm")
 RATIOS = ("update_ratio", "decay_share", "lost_share")
 MOMENTS = ("exp_avg_rms", "exp_avg_sq_mean", "exp_avg_sq_max", "effective_lr")
@@ -34,8 +36,8 @@ METRICS = (*NORMS, *RATIOS, *MOMENTS, *COUNTS, "clip_coefficient", *CODES)
   rounded away
 - ``exp_avg_rms``: the root of the mean square of m, after the step
 - ``exp_avg_sq_mean``, ``exp_avg_sq_max``: of v (with amsgrad, of its largest)
-- ``effective_lr``: what m, unbiased, is multiplied by where v is ``exp_avg_sq_mean``: lr/(sqrt(v)+eps), v
-  unbiased; of all tensors the mean, elements counting alike
+- ``effective_lr``: what m is multiplied by where v is ``exp_avg_sq_mean``: lr/(1-beta1**step) over
+  sqrt(v/(1-beta2**step))+eps; of all tensors the mean, elements counting alike
 - ``nan_count``, ``inf_count``: elements of the gradient
 - ``clip_coefficient``: what the gradient was multiplied by; of all the smallest; 0 if the step was skipped
 - ``top_share``: of v's codes those at 255, above which nothing fits; ``bottom_share``: those at 1, the
@@ -56,6 +58,7 @@ class Told(NamedTuple):
     bits: int
     """Of its state: 32 or 8."""
     lr: float
+    """NaN if only the GPU knows it."""
     weight_decay: float
 
 
@@ -91,7 +94,7 @@ class Observed:
             "exp_avg_rms": (self._column("exp_avg") / numels).sqrt(),
             "exp_avg_sq_mean": mean,
             "exp_avg_sq_max": self._column("exp_avg_sq_max"),
-            "effective_lr": self._lr / root,
+            "effective_lr": self._hyper("step_size") / root,
             "nan_count": self._column("nan"),
             "inf_count": self._column("inf"),
             "clip_coefficient": _coefficient(self._column("factor")),
@@ -125,13 +128,15 @@ class Observed:
                 found[metric] = self._column(metric.removesuffix("_share")).sum() / coded.sum()
         return {name: float(value) for name, value in found.items()}
 
-    def flat(self, per_param: bool = False) -> dict[str, float]:
-        """``total``, and the step; ``per_param``: also ``metric/name`` of each tensor."""
+    def flat(self, per_param: bool = False, names: Mapping[str, str] | None = None) -> dict[str, float]:
+        """``total``, and the step; ``per_param``: also ``metric/name`` of each tensor. ``names``: other ones,
+        by those that are told."""
+        names = names or {}
         found = {"step": float(self.step), **self.total}
         for metric, values in self.each.items() if per_param else ():
             for told, value in zip(self.tensors, values.tolist(), strict=True):
                 if told.bits == 8 or metric not in CODES:
-                    found[f"{metric}/{told.name}"] = value
+                    found[f"{metric}/{names.get(told.name, told.name)}"] = value
         return found
 
     def _column(self, name: str) -> Tensor:
@@ -155,10 +160,6 @@ class Observed:
         """How many codes have been looked at."""
         sampled = torch.ceil(_of(self.tensors, "numel") / SAMPLED)
         return torch.where(_of(self.tensors, "bits") == 8, sampled, 0.0)
-
-    @cached_property
-    def _lr(self) -> Tensor:
-        return _of(self.tensors, "lr")
 
 
 def _of(tensors: Sequence[Told], field: str) -> Tensor:

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
-from adamw_triton_kernels.rounding import read_weight, write_weight
-from adamw_triton_kernels.update_rule import load_hyper, mix, new_weight
+from adamw_triton_kernels.rounding import kept_as, read_weight, write_weight
+from adamw_triton_kernels.statistic_kernels import leave, leave_gradients, leave_no_codes, nothing, see
+from adamw_triton_kernels.update_rule import change_of, load_hyper, mix
 from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, Update
 
 # 8 elements a thread: 128-bit accesses of bf16. Programs of 256 threads move 2% more than of 128 on an H100
@@ -18,6 +19,7 @@ from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, 
 THREADS = 256
 TILE = 2048
 TAIL = 512
+TELLING_TAIL = 1024  # so that a thread has four neighbours, whose sums it makes
 
 
 @Update
@@ -30,6 +32,7 @@ def adamw_32bit(
     weights: str,
     factors: torch.Tensor | None,
     addresses: Addresses | None,
+    sums: torch.Tensor | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_32bit``."""
     amsgrad = "max_exp_avg_sq" in state
@@ -37,7 +40,7 @@ def adamw_32bit(
     kept = weights if weights in KEPT else "exp_avg"  # not read then
     names = ("exp_avg", "exp_avg_sq", largest, kept)
     return prepare(
-        build, params, grads, names, layout, hyper, factors, addresses, AMSGRAD=amsgrad, WEIGHTS=weights
+        build, params, grads, names, layout, hyper, factors, addresses, sums, AMSGRAD=amsgrad, WEIGHTS=weights
     )
 
 
@@ -48,8 +51,10 @@ def build(
     aligned: bool = True,
     AMSGRAD: bool = False,
     WEIGHTS: str = NEAREST,
+    TELLS: bool = False,
 ) -> Build:
-    """The specialization that is compiled for these dtypes and this way to keep weights."""
+    """The specialization that is compiled for these dtypes and this way to keep weights; with ``TELLS``, one
+    that leaves statistics."""
     return Build.of(
         _kernel,
         param_dtype,
@@ -61,16 +66,23 @@ def build(
             "max_exp_avg_sq": "*fp32",
             "kept": KEPT.get(WEIGHTS, "*fp32"),
         },
-        constexprs={"AMSGRAD": AMSGRAD, "WEIGHTS": WEIGHTS, "TILE": TILE, "TAIL": TAIL},
+        constexprs={
+            "AMSGRAD": AMSGRAD,
+            "WEIGHTS": WEIGHTS,
+            "TELLS": TELLS,
+            "TILE": TILE,
+            "TAIL": TELLING_TAIL if TELLS else TAIL,
+        },
         threads=THREADS,
+        tells=TELLS,
     )
 
 
 @triton.jit
 def _tile(
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-    PARAM: tl.constexpr, AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase, seen,
+    PARAM: tl.constexpr, AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TELLS: tl.constexpr,
     SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, SIZE)
@@ -86,18 +98,26 @@ def _tile(
     if AMSGRAD:
         v = tl.maximum(v, largest, propagate_nan=tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq + at, v, mask)
-    p = new_weight(p, m, tl.sqrt(v), inv_root_correction2, eps, step_size, decay)
-    tl.store(param + at, write_weight(p, kept, at, mask, first + at, phase, PARAM, WEIGHTS), mask)
+    change = change_of(p, m, tl.sqrt(v), inv_root_correction2, eps, decay)
+    new = tl.fma(-step_size, change, p)
+    stored = write_weight(new, kept, at, mask, first + at, phase, PARAM, WEIGHTS)
+    tl.store(param + at, stored, mask)
+    if TELLS:
+        new = kept_as(new, stored, WEIGHTS)
+        peaks = tl.max(tl.reshape(v, [SIZE // 4, 4]), 1)
+        seen = see(seen, g, p, new, change, step_size, m, v, peaks, mask, MASKED)
+    return seen
 
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
     addresses, tensors, chunks, hyper, factors, exp_avg, exp_avg_sq, max_exp_avg_sq, kept,
-    n_tensors, chunk_size,
+    n_tensors, chunk_size, sums,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
-    AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TELLS: tl.constexpr,
+    TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row, factor = locate(
+    param, grad, offset, count, first, row, factor, here = locate(
         addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
@@ -109,15 +129,21 @@ def _kernel(
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
     # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
+    seen = nothing(TILE, TILE // 4) if TELLS else 0
+    seen_of_tail = nothing(TAIL, TAIL // 4) if TELLS else 0
     for start in range(0, count - TILE + 1, TILE):
-        _tile(
+        seen = _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
-            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, AMSGRAD, WEIGHTS, TILE, False,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase, seen,
+            PARAM, AMSGRAD, WEIGHTS, TELLS, TILE, False,
         )  # fmt: skip
     for start in range(whole, count, TAIL):
-        _tile(
+        seen_of_tail = _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
-            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, AMSGRAD, WEIGHTS, TAIL, True,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase, seen_of_tail,
+            PARAM, AMSGRAD, WEIGHTS, TELLS, TAIL, True,
         )  # fmt: skip
+    if TELLS:
+        leave(sums, seen, seen_of_tail, factor)
+        leave_no_codes(sums)
+        leave_gradients(sums, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)

@@ -19,8 +19,17 @@ from adamw_triton_kernels.blockwise import (
     sticky_scale,
 )
 from adamw_triton_kernels.launch import KEPT, Build, locate, prepare
-from adamw_triton_kernels.rounding import read_weight, write_weight
-from adamw_triton_kernels.update_rule import load_hyper, new_weight, of_gap, reciprocal
+from adamw_triton_kernels.rounding import kept_as, read_weight, write_weight
+from adamw_triton_kernels.statistic_kernels import (
+    leave,
+    leave_codes,
+    leave_gradients,
+    no_codes,
+    nothing,
+    see,
+    see_codes,
+)
+from adamw_triton_kernels.update_rule import change_of, load_hyper, of_gap, reciprocal
 from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, Update
 
 # By block, threads of a program, elements of its tile, and of a masked one. With 16 elements a thread,
@@ -46,13 +55,24 @@ def adamw_8bit(
     weights: str,
     factors: torch.Tensor | None,
     addresses: Addresses | None,
+    sums: torch.Tensor | None,
 ) -> Call:
     """One AdamW step in place, in one launch. See ``reference.adamw_8bit``."""
     names = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
     kept = weights if weights in KEPT else names[0]  # not read then
     block = state["exp_avg_codes"].numel() // state["exp_avg_scales"].numel()
     return prepare(
-        build, params, grads, (*names, kept), layout, hyper, factors, addresses, BLOCK=block, WEIGHTS=weights
+        build,
+        params,
+        grads,
+        (*names, kept),
+        layout,
+        hyper,
+        factors,
+        addresses,
+        sums,
+        BLOCK=block,
+        WEIGHTS=weights,
     )
 
 
@@ -63,8 +83,10 @@ def build(
     aligned: bool = True,
     BLOCK: int = 128,
     WEIGHTS: str = NEAREST,
+    TELLS: bool = False,
 ) -> Build:
-    """The specialization that is compiled for these dtypes, this block size and this way to keep weights."""
+    """The specialization that is compiled for these dtypes, this block size and this way to keep weights;
+    with ``TELLS``, one that leaves statistics."""
     threads, tile, tail = SHAPES[BLOCK]
     return Build.of(
         _kernel,
@@ -78,15 +100,18 @@ def build(
             "exp_avg_sq_scales": "*bf16",
             "kept": KEPT.get(WEIGHTS, "*i8"),
         },
-        constexprs={"BLOCK": BLOCK, "WEIGHTS": WEIGHTS, "TILE": tile, "TAIL": tail},
+        constexprs={"BLOCK": BLOCK, "WEIGHTS": WEIGHTS, "TELLS": TELLS, "TILE": tile, "TAIL": tail},
         threads=threads,
-        registers=_registers(aligned, BLOCK, WEIGHTS, (param_dtype, grad_dtype)),
+        registers=_registers(aligned, BLOCK, WEIGHTS, (param_dtype, grad_dtype), TELLS),
+        tells=TELLS,
     )
 
 
 def _registers(
-    aligned: bool, block: int, weights: str, dtypes: tuple[torch.dtype, torch.dtype]
+    aligned: bool, block: int, weights: str, dtypes: tuple[torch.dtype, torch.dtype], tells: bool
 ) -> int | None:
+    if tells:
+        return MOST
     if not aligned and weights in KEPT:
         return MOST
     if not aligned or block != 128:
@@ -97,9 +122,9 @@ def _registers(
 @triton.jit
 def _tile(
     param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
+    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase, seen, coded,
     PARAM: tl.constexpr, PARAM_ALIGN: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
-    SIZE: tl.constexpr, MASKED: tl.constexpr,
+    TELLS: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, SIZE // BLOCK)
     at = start + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -125,6 +150,7 @@ def _tile(
     m_scale = tl.load(m_scales + block, block_mask, OTHER).to(tl.float32)
 
     root_v = q * q * (v_scale * (1 / LEVELS))[:, None]
+    before = root_v
     # What the betas keep of the moments, while these are decoded. (That beta2 is rounded to fp32 is nothing
     # beside a code's few percent.)
     _, beta1, lerp1 = of_gap(gap1)
@@ -133,11 +159,18 @@ def _tile(
     v = root_v * (root_v * beta2)
     m = tl.fma(lerp1, g, m)
     root_v = tl.sqrt(tl.fma(lerp2, g * g, v))
-    p = new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay)
-    p = write_weight(p, kept, at, mask, first + at, phase, PARAM, WEIGHTS)
-    tl.store(param + near, tl.reshape(p, near.shape), near_mask)
+    change = change_of(p, m, root_v, inv_root_correction2, eps, decay)
+    new = tl.fma(-step_size, change, p)
+    stored = write_weight(new, kept, at, mask, first + at, phase, PARAM, WEIGHTS)
+    tl.store(param + near, tl.reshape(stored, near.shape), near_mask)
 
-    v_scale = sticky_scale(v_scale, tl.max(root_v, 1))
+    peaks = tl.max(root_v, 1)
+    if TELLS:
+        new = kept_as(new, stored, WEIGHTS)
+        v = root_v * root_v
+        seen = see(seen, g, p, new, change, step_size, m, v, peaks * peaks, mask, MASKED)
+        old_q, old_root_v = q, before
+    v_scale = sticky_scale(v_scale, peaks)
     per_unit = levels_per_unit(v_scale)
     q = encode_root_v(root_v, per_unit[:, None], first + at, phase)
     tl.store(v_codes + at, byte(q, 1.0, 255, tl.uint8), mask)
@@ -148,18 +181,22 @@ def _tile(
     ratio = m * inv_q * inv_q  # m/root_v in units of 1/per_unit
     m_scale = ratio_scale(tl.max(tl.abs(ratio), 1) * per_unit)
     per_ratio = per_unit * levels_per_ratio(m_scale)
-    tl.store(m_codes + at, byte(ratio, per_ratio[:, None], 127, tl.int8), mask)
+    r = byte(ratio, per_ratio[:, None], 127, tl.int8)
+    tl.store(m_codes + at, r, mask)
     tl.store(m_scales + block, m_scale.to(tl.bfloat16), block_mask)
+    if TELLS:
+        coded = see_codes(coded, old_q, q, old_root_v, root_v, r, mask, MASKED)
+    return seen, coded
 
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
     addresses, tensors, chunks, hyper, factors,
-    exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales, kept, n_tensors, chunk_size,
+    exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales, kept, n_tensors, chunk_size, sums,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, TELLS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row, factor = locate(
+    param, grad, offset, count, first, row, factor, here = locate(
         addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
     grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
@@ -169,19 +206,28 @@ def _kernel(
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
     kept += offset
+    seen = nothing(TILE, TILE // BLOCK) if TELLS else 0
+    coded = no_codes(TILE) if TELLS else 0
+    seen_of_tail = nothing(TAIL, TAIL // BLOCK) if TELLS else 0
+    coded_of_tail = no_codes(TAIL) if TELLS else 0
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With the end
     # of the last for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     for start in range(0, count - TILE + 1, TILE):
-        _tile(
+        seen, coded = _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
-            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TILE, False,
+            grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase, seen, coded,
+            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TELLS, TILE, False,
         )  # fmt: skip
     # Worked out of the count again, the first loop has less to hold on to, and no build spills; by the hint a
     # thread still has elements of one block.
     for start in range(tl.multiple_of(count - count % TILE, TILE), count, TAIL):
-        _tile(
+        seen_of_tail, coded_of_tail = _tile(
             param, grad, m_codes, m_scales, v_codes, v_scales, kept, start, count, first,
             grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase,
-            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TAIL, True,
+            seen_of_tail, coded_of_tail,
+            PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TELLS, TAIL, True,
         )  # fmt: skip
+    if TELLS:
+        leave(sums, seen, seen_of_tail, factor)
+        leave_codes(sums, coded, coded_of_tail)
+        leave_gradients(sums, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)

@@ -53,7 +53,7 @@ def encode_8bit(
     """
     root_v = sqrt(blocks_of(v, block))
     dither = Dither.of(m.numel(), block, m.device)
-    starts = dither.starts([Span(m.numel(), first)], phase)
+    starts = dither.starts([Span(0, m.numel(), first)], phase)
     encode(blocks_of(m, block), root_v, peaks_of(root_v), state, starts, dither.steps)
 
 

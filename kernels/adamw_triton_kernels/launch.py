@@ -25,6 +25,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from adamw_triton_kernels.statistic_kernels import totals
+from adamw_triton_kernels.statistics import WIDTH
 from adamw_triton_kernels.tables import DeviceTable, require_eager, send
 from adamw_triton_kernels.work import MASTER, REMAINDER, Addresses, Arrays, Call, Layout, in_turn
 
@@ -43,8 +45,9 @@ def locate(
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """This program's chunk: pointers to its first parameter and gradient, the index of its first
-    element in the state arrays, how many elements it has, the index of the first in the whole
-    parameter, the row of its hyperparameters, and its factor. Offsets are 64-bit, the count is 32-bit.
+    element in the state arrays, how many elements are to be updated, the index of the first in the whole
+    parameter, the row of its hyperparameters, its factor, and how many elements it has. Offsets are 64-bit,
+    counts are 32-bit.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunks + 2 * chunk)
@@ -58,11 +61,11 @@ def locate(
     grad = tl.multiple_of(grad, GRAD_ALIGN) + start
     row = tensors + 5 * tensor
     offset = tl.multiple_of(tl.load(row), 32) + start
-    count = tl.minimum(tl.load(row + 1) - start, chunk_size).to(tl.int32)
+    here = tl.minimum(tl.load(row + 1) - start, chunk_size).to(tl.int32)
     first = tl.load(row + 2) + start
     factor = tl.load(factors + tl.load(row + 4))
-    count = tl.where(factor < 0, 0, count)  # SKIP; a NaN goes into the update
-    return param, grad, offset, count, first, tl.load(row + 3), factor
+    count = tl.where(factor < 0, 0, here)  # SKIP; a NaN goes into the update
+    return param, grad, offset, count, first, tl.load(row + 3), factor, here
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Build:
         constexprs: Mapping[str, Any],
         threads: int,
         registers: int | None = None,
+        tells: bool = False,
     ) -> Build:
+        """``tells``: it leaves statistics, in a table more."""
         all_constexprs = {
             "PARAM": TL_DTYPES[param_dtype],
             "GRAD": TL_DTYPES[grad_dtype],
@@ -97,6 +102,9 @@ class Build:
             "GRAD_ALIGN": ALIGNMENT if aligned else grad_dtype.itemsize,
             **constexprs,
         }
+        sums = {"sums": "*fp32"} if tells else {}
+        if not tells:
+            all_constexprs = {"sums": None, **all_constexprs}
         tables = {
             "addresses": "*i64",
             "tensors": "*i64",
@@ -105,7 +113,7 @@ class Build:
             "factors": "*fp32",
         }
         scalars = {"n_tensors": "i32", "chunk_size": "i32"}
-        signature = {**tables, **state, **scalars, **dict.fromkeys(all_constexprs, "constexpr")}
+        signature = {**tables, **state, **scalars, **sums, **dict.fromkeys(all_constexprs, "constexpr")}
         return cls(fn, signature, all_constexprs, threads, registers)
 
     def num_warps(self, warp_size: int) -> int:
@@ -152,7 +160,7 @@ def chunk_table(numels: Sequence[int], tile: int, max_chunks: int) -> tuple[torc
 class _Tables:
     """The tables of one layout on one device, and the launches that use them."""
 
-    def __init__(self, layout: Layout, tile: int, device: torch.device) -> None:
+    def __init__(self, layout: Layout, tile: int, device: torch.device, tells: bool) -> None:
         factors = layout.factors or [0] * len(layout.numels)
         rows = zip(layout.offsets, layout.numels, layout.firsts, layout.rows, factors, strict=True)
         self.tensors = send(torch.tensor(list(rows), dtype=torch.int64, device="cpu"), device)
@@ -160,6 +168,44 @@ class _Tables:
         self.chunks = send(chunks, device)
         self.addresses = DeviceTable(device)
         self.ones = send(torch.ones(1, device="cpu"), device)
+        self.left = _Left(chunks, layout.sums, device) if tells else None
+
+
+class _Left:
+    """What programs leave for statistics, and whose it is.
+
+    Args:
+        chunks: on the host.
+        rows: of each tensor among the sums.
+    """
+
+    build = Build(
+        totals,
+        {"chunks": "*fp32", "ranges": "*i32", "rows": "*i32", "sums": "*fp32", "ROWS": "constexpr"},
+        {"ROWS": 64},
+        threads=128,
+    )
+
+    def __init__(self, chunks: torch.Tensor, rows: Sequence[int], device: torch.device) -> None:
+        counts = torch.bincount(chunks[:, 0], minlength=len(rows))
+        filled = counts > 0  # of an empty tensor there is nothing to say
+        ends = counts.cumsum(0)[filled]
+        ranges = torch.stack([ends - counts[filled], ends], dim=1).to(torch.int32)
+        self._tensors = len(ends)
+        self._ranges = send(ranges, device)
+        self._rows = send(torch.tensor(rows, dtype=torch.int32, device="cpu")[filled], device)
+        self._programs = len(chunks)
+        self._device = device
+        load(self.build, ("totals",), device)
+
+    def room(self) -> torch.Tensor:
+        """For a row of each program."""
+        return torch.empty((max(self._programs, 1), WIDTH), dtype=torch.float32, device=self._device)
+
+    def add(self, room: torch.Tensor, sums: torch.Tensor) -> None:
+        """What the programs have left there, to the tensors' own rows."""
+        arguments = (room, self._ranges, self._rows, sums)
+        call(self.build, ("totals",), self._device, self._tensors, arguments)
 
 
 def prepare(
@@ -171,6 +217,7 @@ def prepare(
     hyper: torch.Tensor,
     factors: torch.Tensor | None,
     given: Addresses | None,
+    sums: torch.Tensor | None = None,
     **variant: Any,
 ) -> Call:
     """All that can fail of running a kernel over the tensors of a layout: tables are sent, kernels compiled
@@ -182,6 +229,7 @@ def prepare(
         hyper: on their device or on the host.
         factors: on their device.
         given: addresses of params and grads; None: to be asked for.
+        sums: on their device, what statistics are added to; None: there are none.
         variant: compile-time arguments of ``build``.
     """
     device = params[0].device
@@ -202,17 +250,19 @@ def prepare(
                     hyper,
                     factors,
                     None,
+                    sums,
                     **variant,
                 )
                 for indices, part in parts
             ]
         )
-    key = (build, params[0].dtype, grads[0].dtype, aligned, *variant.values())
+    tells = sums is not None
+    key = (build, params[0].dtype, grads[0].dtype, aligned, tells, *variant.values())
     found = layout.tables.get((device, key))
     if found is None:
         require_eager()
-        spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, **variant)
-        found = layout.tables[device, key] = (_Tables(layout, spec.tile, device), spec, key)
+        spec = build(params[0].dtype, grads[0].dtype, aligned=aligned, TELLS=tells, **variant)
+        found = layout.tables[device, key] = (_Tables(layout, spec.tile, device, tells), spec, key)
     tables, spec, key = found
     load(spec, key, device)
     made_there = hyper.device == device
@@ -223,11 +273,16 @@ def prepare(
         hyper if made_there else send(hyper, device),
         tables.ones if factors is None else factors,
     )
-    scalars = (len(params), tables.chunk_size)
+    scalars: tuple[Any, ...] = (len(params), tables.chunk_size)
     programs = len(tables.chunks)
+    left = tables.left
+    if left is not None:
+        scalars = (*scalars, left.room())
 
     def launch(state: Arrays) -> None:
         call(spec, key, device, programs, (*arguments, *[state[name] for name in names], *scalars))
+        if left is not None and sums is not None:
+            left.add(scalars[-1], sums)
 
     return launch
 

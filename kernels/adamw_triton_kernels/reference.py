@@ -39,11 +39,11 @@ from adamw_triton_kernels.codes import (
 )
 from adamw_triton_kernels.fusion import fused
 from adamw_triton_kernels.runs import Run, runs
+from adamw_triton_kernels.statistics import Codes, Tally, skips
 from adamw_triton_kernels.weights import ELEMENT, PHASE, beside, read, write
 from adamw_triton_kernels.work import (
     MASTER,
     NEAREST,
-    SKIP,
     STOCHASTIC,
     Addresses,
     Arrays,
@@ -72,14 +72,16 @@ def adamw_32bit(
     weights: str,
     factors: Tensor | None,
     addresses: Addresses | None,
+    sums: Tensor | None,
 ) -> Call:
     """One AdamW step in place. State: fp32 ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
     ``max_exp_avg_sq`` (Reddi et al. 2018, arXiv:1904.09237)."""
     amsgrad = "max_exp_avg_sq" in state
     update = _update_32bit(weights, amsgrad)
     names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad]
-    if _skips(factors):
-        return _leave
+    tally = None if sums is None else Tally(sums, layout, factors)
+    if skips(factors):
+        return _left(tally, grads, layout, hyper)
     hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     longest = FUSED_CHUNK if weights in (STOCHASTIC, MASTER) else WHOLE
@@ -92,10 +94,17 @@ def adamw_32bit(
         if dither is not None:
             bits = dither.starts(run.spans, phases[run.row] * PHASE) + dither.steps
             own.append(bits.view(-1)[: run.param.numel()])
+        kept = own[len(names) :]
+        before = None if tally is None else read(run.param, kept, weights).clone()
         update(run.param, run.grad, *rows[run.row], *own)
+        if tally is not None and before is not None:
+            kept = _kept({name: array[run.at] for name, array in arrays.items()}, run.param, weights)
+            m, v = own[0], own[len(names) - 1]
+            row = rows[run.row]
+            _tell(tally, run, row, before, read(run.param, kept, weights), m, v, sqrt(v))
 
     lengths = {"plain": (CHUNK, GATHERED), "compiled": (longest, GATHERED)}
-    return _prepared(step, (weights, amsgrad), params, grads, state, layout, **lengths)
+    return _prepared(step, (weights, amsgrad), params, grads, state, layout, tally is None, **lengths)
 
 
 @functools.cache
@@ -122,6 +131,7 @@ def adamw_8bit(
     weights: str,
     factors: Tensor | None,
     addresses: Addresses | None,
+    sums: Tensor | None,
 ) -> Call:
     """One AdamW step in place. State: ``exp_avg_codes`` int8, ``exp_avg_sq_codes`` uint8, and bf16
     ``exp_avg_scales``, ``exp_avg_sq_scales``, one a block."""
@@ -129,8 +139,9 @@ def adamw_8bit(
     most, device = min(sum(layout.numels), FUSED_CHUNK), params[0].device
     dither = Dither.of(most, block, device)
     other_dither = _dither_of(weights, most, block, device)
-    if _skips(factors):
-        return _leave
+    tally = None if sums is None else Tally(sums, layout, factors)
+    if skips(factors):
+        return _left(tally, grads, layout, hyper)
     hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     opened, closed = _apart(weights)
@@ -142,6 +153,9 @@ def adamw_8bit(
         weight = blocks_of(p, block)
         kept = [blocks_of(part[weights], block)] if weights in part else []
         others = [each for array in kept for each in beside(array, p.dtype, weights)]
+        if tally is not None:
+            before, q = read(p, _kept(part, p, weights), weights).clone(), part["exp_avg_sq_codes"].clone()
+            _, old_v = decoded(*rows_of(part, block))
         if other_dither is not None:
             others = [other_dither.starts(spans, phases[row] * PHASE), other_dither.steps]
         x = weight if weights == NEAREST else opened(weight, *others)
@@ -152,9 +166,14 @@ def adamw_8bit(
         for array in kept:
             put(part[weights], array)
         encode(m, root_v, peaks, part, dither.starts(spans, phases[row]), dither.steps)
+        if tally is not None:
+            m, root_v, old = (each.view(-1)[: p.numel()] for each in (m, root_v, old_v.sqrt()))
+            codes = Codes(old, root_v, q, part["exp_avg_sq_codes"], part["exp_avg_codes"])
+            after = read(p, _kept(part, p, weights), weights)
+            _tell(tally, run, rows[row], before, after, m, root_v * root_v, root_v, codes)
 
     lengths = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
-    return _prepared(step, (weights, block), params, grads, state, layout, **lengths)
+    return _prepared(step, (weights, block), params, grads, state, layout, tally is None, **lengths)
 
 
 @fused
@@ -180,12 +199,36 @@ def _apart(weights: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
     )
 
 
-def _leave(state: Arrays) -> None:
+def _left(tally: Tally | None, grads: Sequence[Tensor], layout: Layout, hyper: Tensor) -> Call:
     """What is left of a step that is skipped."""
 
+    def leave(state: Arrays) -> None:
+        if tally is not None:
+            tally.skipped(grads, hyper[list(layout.rows), 0])
 
-def _skips(factors: Tensor | None) -> bool:
-    return factors is not None and bool((factors == SKIP).any())
+    return leave
+
+
+def _kept(arrays: Arrays, p: Tensor, weights: str) -> list[Tensor]:
+    """What goes with the weight, for ``read``."""
+    return beside(arrays[weights], p.dtype, weights) if weights in arrays else []
+
+
+def _tell(
+    tally: Tally,
+    run: Run,
+    row: Row,
+    before: Tensor,
+    after: Tensor,
+    m: Tensor,
+    v: Tensor,
+    root_v: Tensor,
+    codes: Codes | None = None,
+) -> None:
+    """All of one run, flat: the weight before and after; the moments as the new weight was made of them."""
+    gradient = run.grad.float() * row.grad_scale
+    change = m / (root_v * row.inv_root_correction2 + row.eps) + before * row.decay
+    tally.add(run, gradient, before, after, change, row.step_size, m, v, codes)
 
 
 def _scaled(hyper: Tensor, layout: Layout, factors: Tensor | None) -> tuple[Tensor, Layout]:
@@ -227,6 +270,7 @@ def _prepared(
     grads: Sequence[Tensor],
     state: Arrays,
     layout: Layout,
+    may_compile: bool,
     *,
     plain: tuple[int, int],
     compiled: tuple[int, int],
@@ -235,11 +279,13 @@ def _prepared(
 
     Args:
         kind: tells apart steps that call other functions, or with other shapes for a run of one length.
+        may_compile: whether that pays. What has been compiled is called in any case.
         plain, compiled: how long runs are, of one tensor and of several.
     """
-    if fusion.compiles() and params[0].is_cpu:
+    compiles = may_compile and fusion.compiles()
+    if compiles and params[0].is_cpu:
         _rehearse(step, kind, params, grads, state, layout, compiled)
-    todo = runs(params, grads, layout, *(compiled if fusion.compiles() else plain))
+    todo = runs(params, grads, layout, *(compiled if compiles else plain))
     room = TEMPORARIES * min(sum(layout.numels), CHUNK)  # compiled, runs are longer and need less
     params[0].new_empty(room, dtype=torch.uint8)
 

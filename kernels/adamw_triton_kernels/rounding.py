@@ -61,6 +61,15 @@ def write_weight(x, kept, at, mask, index, phase, PARAM: tl.constexpr, WEIGHTS: 
 
 
 @triton.jit
+def kept_as(x, stored, WEIGHTS: tl.constexpr):
+    """fp32: what is kept of a weight x of which the parameter's element is ``stored``."""
+    if WEIGHTS == "remainder" or WEIGHTS == "master":
+        return x
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
 def one_nan(x):
     """The bits of x, of which what is added cannot make another number if it is NaN."""
     return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)

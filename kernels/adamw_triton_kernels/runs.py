@@ -21,6 +21,8 @@ from adamw_triton_kernels.work import Layout
 class Span(NamedTuple):
     """The part of a run that is of one tensor."""
 
+    tensor: int
+    """Which of the call's."""
     numel: int
     first: int
     """Index in the whole parameter of its first element."""
@@ -67,10 +69,10 @@ def _walk(
     for begin, end in ranges:
         start, row = layout.offsets[begin], layout.rows[begin]
         if end == begin + 1:
-            whole = Span(layout.numels[begin], layout.firsts[begin])
+            whole = Span(begin, layout.numels[begin], layout.firsts[begin])
             yield from _pieces(ps[begin], gs[begin], row, start, whole, longest)
         else:
-            spans = list(map(Span, layout.numels[begin:end], layout.firsts[begin:end]))
+            spans = list(map(Span, range(begin, end), layout.numels[begin:end], layout.firsts[begin:end]))
             yield from _together(ps[begin:end], gs[begin:end], row, start, spans, scratch)
 
 
@@ -81,7 +83,7 @@ def _pieces(p: Tensor, g: Tensor, row: int, start: int, whole: Span, longest: in
         return
     for begin in range(0, whole.numel, longest):
         end = min(begin + longest, whole.numel)
-        span = Span(end - begin, whole.first + begin)
+        span = Span(whole.tensor, end - begin, whole.first + begin)
         yield Run(p[begin:end], g[begin:end], row, slice(start + begin, start + end), [span])
 
 

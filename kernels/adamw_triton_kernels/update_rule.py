@@ -55,10 +55,10 @@ def mix(old, new, gap):
 
 
 @triton.jit
-def new_weight(p, m, root_v, inv_root_correction2, eps, step_size, decay):
-    """p - lr/correction1 * (m / (root_v/sqrt(correction2) + eps) + decay*p).
+def change_of(p, m, root_v, inv_root_correction2, eps, decay):
+    """m / (root_v/sqrt(correction2) + eps) + decay*p: lr/correction1 times this is taken from p.
 
-    The change is summed before it is taken from p, so p is rounded once a step.
+    It is summed before that, so p is rounded once a step.
     """
     inverse = reciprocal(tl.fma(root_v, inv_root_correction2, eps))
-    return tl.fma(-step_size, tl.fma(decay, p, m * inverse), p)
+    return tl.fma(decay, p, m * inverse)

@@ -156,6 +156,8 @@ class Layout:
     """Which row of the call's ``hyper_table`` it takes."""
     factors: tuple[int, ...] = ()
     """Which of the call's factors it takes; empty: the first."""
+    sums: tuple[int, ...] = ()
+    """Which row of the call's sums it takes, if there are any."""
     max_chunks: int = MAX_CHUNKS
     """Programs of the launch, at most about."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -168,6 +170,7 @@ class Layout:
             firsts=tuple(self.firsts[index] for index in indices),
             rows=tuple(self.rows[index] for index in indices),
             factors=tuple(self.factors[index] for index in indices) if self.factors else (),
+            sums=tuple(self.sums[index] for index in indices) if self.sums else (),
             max_chunks=self.max_chunks,
         )
 
@@ -194,12 +197,15 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 class Update:
     """One AdamW step of many tensors, in place: (params, grads, state arrays, layout, hyper table, how
-    weights are kept, factors, addresses).
+    weights are kept, factors, addresses, sums).
 
     Factors are fp32 [some], where the tensors are: what gradients are multiplied by; the layout says which is
     whose. None: by nothing.
 
     Addresses are those of params and grads, for which nobody need ask again. None: they are not known.
+
+    Sums are fp32 [some, 16], where the tensors are: what the update leaves of itself for statistics
+    (``statistics.py``) is added to these; the layout says which row is whose. None: it leaves nothing.
 
     In two parts where several updates are to be made whole. ``prepare`` does all that can fail (allocates,
     sends, compiles) and writes nothing; the call that it returns only writes. Of the state, ``prepare`` looks
@@ -223,8 +229,9 @@ class Update:
         weights: str = NEAREST,
         factors: Tensor | None = None,
         addresses: Addresses | None = None,
+        sums: Tensor | None = None,
     ) -> Call:
-        return self._prepare(params, grads, state, layout, hyper, weights, factors, addresses)
+        return self._prepare(params, grads, state, layout, hyper, weights, factors, addresses, sums)
 
     def __call__(
         self,
@@ -235,5 +242,6 @@ class Update:
         hyper: Tensor,
         weights: str = NEAREST,
         factors: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> None:
-        self.prepare(params, grads, state, layout, hyper, weights, factors)(state)
+        self.prepare(params, grads, state, layout, hyper, weights, factors, sums=sums)(state)

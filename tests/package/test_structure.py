@@ -31,12 +31,12 @@ KERNEL_ROOMS = [
     {"ahead"},
     {"adamw_32bit", "adamw_8bit", "norm_kernels"},
     {"launch", "blockwise", "update_rule"},
-    {"rounding"},
+    {"rounding", "statistic_kernels"},
     {"__init__"},
     {"reference", "norms"},
-    {"codes", "weights"},
+    {"codes", "weights", "statistics"},
     {"fusion", "runs"},
-    {"work", "tables", "statistics"},
+    {"work", "tables"},
 ]
 # `update_rule` serves `blockwise`; both are below the kernels.
 SAME_ROOM = {("blockwise", "update_rule"), ("demo", "demo")}

@@ -1,0 +1,166 @@
+"""What the updates of a step leave of themselves, taken to the host behind it: nobody waits but who reads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamw_triton.state.buffers import Slot
+from adamw_triton.state.shards import Summed
+from adamw_triton.telemetry.observed import HISTORY, Observed, Told
+from adamw_triton.tensors import keys_of
+from adamw_triton_kernels.statistics import WIDTH
+from adamw_triton_kernels.tables import capturing, send
+
+NUMBERS = 7
+"""Of a row of the hyper table, without the dither's phase."""
+
+
+class Left:
+    """By the updates of one bucket. Each device has a table of a row for each tensor there, zero at first.
+
+    Args:
+        of_device: positions of each device's tensors among ``slots``, in the order of its rows.
+        summed: of each device, what makes the rows of shards those of whole parameters.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        of_device: Mapping[torch.device, Sequence[int]],
+        summed: Mapping[torch.device, Summed],
+    ) -> None:
+        self.sums = {
+            device: torch.zeros((len(mine), WIDTH), dtype=torch.float32, device=device)
+            for device, mine in of_device.items()
+        }
+        self._slots = {device: [slots[position] for position in mine] for device, mine in of_device.items()}
+        self._summed = summed
+        self._hyper: dict[torch.device, list[tuple[Sequence[int], Sequence[int], Tensor]]] = {}
+
+    def told(self, device: torch.device, places: Sequence[int], rows: Sequence[int], hyper: Tensor) -> Tensor:
+        """Which rows of a hyper table these tensors take, and the table; what the update adds to."""
+        self._hyper.setdefault(device, []).append((places, rows, hyper))
+        return self.sums[device]
+
+    def of_device(self) -> Iterator[tuple[Sequence[Slot], Tensor]]:
+        """Tensors, and of each a row: its sums, over all ranks, and its hyperparameters."""
+        for device, sums in self.sums.items():
+            self._summed[device].rows(sums)
+            hyper = torch.zeros((len(sums), NUMBERS), device=device)
+            for places, rows, table in self._hyper.get(device, ()):
+                there = send(torch.tensor([*places, *rows], device="cpu"), device)
+                numbers = table if table.device == device else send(table, device)
+                hyper[there[: len(places)]] = numbers[there[len(places) :], :NUMBERS]
+            yield self._slots[device], torch.cat([sums, hyper], dim=1)
+
+
+class _Arriving:
+    """One step on its way to the host."""
+
+    def __init__(self, step: int, tensors: Sequence[Told], tables: Sequence[Tensor], idle: Sequence[str]):
+        self._step, self._tensors, self._idle = step, tuple(tensors), tuple(idle)
+        self._tables = [_sent_home(table) for table in tables]
+        self._found: Observed | None = None
+
+    def arrived(self, wait: bool) -> Observed | None:
+        if self._found is None and all(_is_here(event, wait) for _, event in self._tables):
+            rows = torch.cat([table.double().cpu() for table, _ in self._tables])
+            self._found = Observed(self._step, self._tensors, rows[:, :WIDTH], rows[:, WIDTH:], self._idle)
+            self._tables = []
+        return self._found
+
+
+def _sent_home(table: Tensor) -> tuple[Tensor, Any]:
+    """A copy on its way to the host, and the event after it."""
+    if table.device.type != "cuda":
+        return table, None
+    here = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
+    here.copy_(table, non_blocking=True)
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(table.device))
+    return here, event
+
+
+def _is_here(event: Any, wait: bool) -> bool:
+    if event is None:
+        return True
+    if wait:
+        event.synchronize()
+    return bool(event.query())
+
+
+class Statistics:
+    """Args:
+    every: so many steps, one is looked at; 0: none.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._steps = 0
+        self._stepped = False
+        self._left: list[Left] = []
+        self._known: deque[_Arriving] = deque(maxlen=HISTORY)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the step under way is to be looked at. None is that goes into a CUDA graph: its replays
+        would leave what nobody hears of."""
+        self._stepped = True
+        return self._every > 0 and (self._steps + 1) % self._every == 0 and not capturing()
+
+    def add(self, left: Left) -> None:
+        """By a bucket that has been stepped."""
+        self._left.append(left)
+
+    def finish(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """At the end of ``step()``, when all its updates have been queued before what is queued next."""
+        if not self._stepped:
+            return
+        self._steps += 1
+        self._stepped = False
+        if not self._left:
+            return
+        names = keys_of(groups)
+        tensors, tables = [], []
+        settings = {id(param): group for group in groups for param in group["params"]}
+        for left in self._left:
+            for slots, table in left.of_device():
+                tensors += [_told(slot, names[id(slot.param)], settings[id(slot.param)]) for slot in slots]
+                tables.append(table)
+        stepped = {id(slot.param) for left in self._left for slots in left._slots.values() for slot in slots}
+        idle = [name for key, name in names.items() if key not in stepped]
+        self._left = []
+        self._known.append(_Arriving(self._steps, tensors, tables, idle))
+        for each in self._known:
+            each.arrived(wait=False)  # and its pinned memory is free again
+
+    def drop(self) -> None:
+        """What has been left by buckets of a step that is not to be."""
+        self._left = []
+
+    def history(self, wait: bool = True) -> list[Observed]:
+        """Of the last steps that were looked at, the newest last."""
+        found = [each.arrived(wait) for each in self._known]
+        return [each for each in found if each is not None]
+
+
+def _told(slot: Slot, name: str, group: Mapping[str, Any]) -> Told:
+    return Told(
+        name=name,
+        numel=slot.param.numel() * (2 if slot.is_complex else 1),
+        dtype=slot.param.dtype,
+        weights=slot.format.weights,
+        bits=int(slot.format.name.removesuffix("bit")),
+        lr=_number(group["lr"]),
+        weight_decay=float(group["weight_decay"]),
+    )
+
+
+def _number(value: float | Tensor) -> float:
+    """NaN for what the host would have to wait for."""
+    return float("nan") if isinstance(value, Tensor) and not value.is_cpu else float(value)

@@ -1,0 +1,164 @@
+"""What an update leaves of itself for statistics, in Triton: on a tile, of a chunk, and of a tensor's chunks.
+What the columns are, and plain torch: ``statistics.py``.
+
+A thread adds up what it has of its tiles, and a program stores a row; one program a tensor adds these to the
+tensor's own. No atomics: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adamw_triton_kernels.statistics import COLUMN, SAMPLED, SUMS, WIDTH
+
+# Neighbours that a thread adds up as it goes: so many registers fewer hold the sums. The first of them is the
+# one whose code is looked at.
+NEAR = tl.constexpr(SAMPLED)
+COLUMNS = tl.constexpr(WIDTH)
+ADDED = tl.constexpr(len(SUMS))
+NAN = tl.constexpr(COLUMN["nan"])
+TOP = tl.constexpr(COLUMN["top"])
+HIGHEST = tl.constexpr(COLUMN["exp_avg_sq_max"])
+FACTOR = tl.constexpr(COLUMN["factor"])  # the last
+
+
+@triton.jit
+def quarters(x):
+    """Every fourth element, four times: neighbours are in one thread, and none moves."""
+    even, odd = tl.split(tl.reshape(x, [x.numel // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def squares(seen, x):
+    a, b, c, d = quarters(x)
+    return tl.fma(d, d, tl.fma(c, c, tl.fma(b, b, tl.fma(a, a, seen))))
+
+
+@triton.jit
+def added(seen, x):
+    a, b, c, d = quarters(x)
+    return (((seen + a) + b) + c) + d
+
+
+@triton.jit
+def nothing(SIZE: tl.constexpr, PEAKS: tl.constexpr):
+    """What is seen of no tile of so many elements, of so many of whose peaks the largest is kept."""
+    none = tl.zeros([SIZE // NEAR], tl.float32)
+    count = tl.zeros([SIZE // NEAR], tl.int32)
+    return none, none, none, none, none, count, tl.zeros([PEAKS], tl.float32)
+
+
+@triton.jit
+def see(seen, g, before, after, change, step_size, m, v, peaks, mask, MASKED: tl.constexpr):
+    """And one tile more. ``before`` and ``after``: the weight, as exactly as it is kept."""
+    gradient, weight, changes, exp_avg, exp_avg_sq, lost, highest = seen
+    is_lost = (before == after) & (change * step_size != 0)
+    if MASKED:
+        g, before, change = tl.where(mask, g, 0), tl.where(mask, before, 0), tl.where(mask, change, 0)
+        m, v, is_lost = tl.where(mask, m, 0), tl.where(mask, v, 0), is_lost & mask
+    return (
+        squares(gradient, g),
+        squares(weight, before),
+        squares(changes, change),
+        squares(exp_avg, m),
+        added(exp_avg_sq, v),
+        added(lost, is_lost.to(tl.int32)),
+        tl.maximum(highest, peaks),
+    )
+
+
+@triton.jit
+def no_codes(SIZE: tl.constexpr):
+    count = tl.zeros([SIZE // NEAR], tl.int32)
+    return count, count, count, count
+
+
+@triton.jit
+def see_codes(seen, q, new_q, root_v, new_root_v, r, mask, MASKED: tl.constexpr):
+    """``r``: as it is rounded, before."""
+    top, bottom, stalled, zero = seen
+    q, _, _, _ = quarters(q)
+    new_q, _, _, _ = quarters(new_q)
+    root_v, _, _, _ = quarters(root_v)
+    new_root_v, _, _, _ = quarters(new_root_v)
+    r, _, _, _ = quarters(r)
+    is_top, is_bottom, is_zero = new_q >= 255, new_q == 1, r == 0
+    stays = (q == new_q) & (root_v != new_root_v)
+    if MASKED:
+        mask, _, _, _ = quarters(mask)
+        is_top, is_bottom, is_zero, stays = is_top & mask, is_bottom & mask, is_zero & mask, stays & mask
+    return (
+        top + is_top.to(tl.int32),
+        bottom + is_bottom.to(tl.int32),
+        stalled + stays.to(tl.int32),
+        zero + is_zero.to(tl.int32),
+    )
+
+
+@triton.jit
+def leave(sums, whole, tail, factor):
+    """Of a chunk: its row, but for the columns of gradients and of codes."""
+    row = sums + COLUMNS * tl.program_id(0)
+    for column in tl.static_range(1, 6):
+        tl.store(row + column, (tl.sum(whole[column], 0) + tl.sum(tail[column], 0)).to(tl.float32))
+    tl.store(row + HIGHEST, tl.maximum(tl.max(whole[6], 0), tl.max(tail[6], 0)))
+    tl.store(row + FACTOR, factor)
+
+
+@triton.jit
+def leave_codes(sums, whole, tail):
+    row = sums + COLUMNS * tl.program_id(0) + TOP
+    for column in tl.static_range(4):
+        tl.store(row + column, (tl.sum(whole[column], 0) + tl.sum(tail[column], 0)).to(tl.float32))
+
+
+@triton.jit
+def leave_no_codes(sums):
+    row = sums + COLUMNS * tl.program_id(0) + TOP
+    for column in tl.static_range(4):
+        tl.store(row + column, 0.0)
+
+
+@triton.jit
+def leave_gradients(sums, whole, tail, grad, count, grad_scale, factor, SIZE: tl.constexpr):
+    """Their squares, and how many of a chunk's ``count`` are not finite. They are looked at again if their
+    squares add up to something that is not, or if the step is skipped and nobody has looked at them."""
+    row = sums + COLUMNS * tl.program_id(0)
+    seen = tl.sum(whole[0], 0) + tl.sum(tail[0], 0)
+    skipped = factor < 0
+    gradient = tl.zeros([SIZE], tl.float32)
+    nan = tl.zeros([SIZE], tl.int32)
+    inf = tl.zeros([SIZE], tl.int32)
+    for start in range(0, tl.where(skipped | (seen - seen != 0), count, 0), SIZE):
+        at = start + tl.arange(0, SIZE)
+        g = tl.load(grad + at, at < count, 0).to(tl.float32) * grad_scale
+        gradient = tl.fma(g, g, gradient)
+        nan += (g != g).to(tl.int32)
+        inf += (tl.abs(g) == float("inf")).to(tl.int32)
+    tl.store(row, tl.where(skipped, tl.sum(gradient, 0), seen))
+    tl.store(row + NAN, tl.sum(nan, 0).to(tl.float32))
+    tl.store(row + NAN + 1, tl.sum(inf, 0).to(tl.float32))
+
+
+@triton.jit
+def totals(chunks, ranges, rows, sums, ROWS: tl.constexpr):
+    tensor = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    there = (column <= FACTOR)[None, :]
+    end = tl.load(ranges + 2 * tensor + 1)
+    own = sums + COLUMNS * tl.load(rows + tensor) + column
+    found = tl.zeros([ROWS, COLUMNS], tl.float32)
+    highest = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(tl.load(ranges + 2 * tensor), end, ROWS):
+        row = begin + tl.arange(0, ROWS)[:, None]
+        x = tl.load(chunks + COLUMNS * row.to(tl.int64) + column[None, :], (row < end) & there, 0)
+        found += x
+        highest = tl.where(x == x, tl.maximum(highest, x), highest)
+    before = tl.load(own)
+    factor = tl.load(chunks + COLUMNS * (end - 1).to(tl.int64) + FACTOR)
+    new = tl.where(column < ADDED, before + tl.sum(found, 0), tl.maximum(before, tl.max(highest, 0)))
+    tl.store(own, tl.where(column == FACTOR, factor, new))
