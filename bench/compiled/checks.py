@@ -5,6 +5,8 @@
 - same bits: once more with other CTAs together, in the reverse order, and with chunks of several tiles
 - bounds: every access within the step's own tensors, and aligned, and nothing else changed
 - skipped: with factors that say so, nothing changes
+- told: with statistics the same bits of all else, and sums as the specification's; also of a skipped step and
+  of gradients that are not finite
 - races: between CTAs, and between threads that no barrier separates, in global and shared memory
 - paths: the same bits from whole tiles and masked tails, from the builds for aligned and misaligned memory
 - noise: with the approximate instructions off by as much as the manual allows
@@ -15,6 +17,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from adamw_triton_kernels.work import SKIP
 from bench.compiled.adversarial import check_adversarial
-from bench.compiled.comparison import Report, compare
+from bench.compiled.comparison import Report, compare, compare_sums
 from bench.compiled.problems import KERNELS, Kernel, Problem, hypers, ordinary, set_gradients
 from bench.suite import DTYPES
 
@@ -87,6 +90,38 @@ def check_ordinary(case: Case, report: Report, steps: int) -> None:
             skipped.factors = torch.full((len(skipped.params),), SKIP)
             skipped.step_compiled(case.capability)
             report.require(skipped.same_bits(before), "skipped: something has changed")
+
+
+def check_told(case: Case, report: Report) -> None:
+    expected = ordinary(*case.of, case.aligned)
+    set_gradients(expected, 1)
+    expected.step_in_torch()
+    set_gradients(expected, 2)
+    before, plain, ours = expected.copy(), expected.copy(), expected.copy().tell()
+    session = ours.step_compiled(case.capability, races=True)
+    races = [kind for kind in session.conflicts() if "harmless" not in kind]
+    report.require(not races, f"told: races: {races}")
+    plain.step_compiled(case.capability)
+    report.require(ours.same_bits(plain), "told: not the bits of a step without statistics")
+    expected.tell().step_in_torch()
+    compare_sums(ours, expected, report, "told")
+    several = before.copy(4).tell()
+    several.step_compiled(case.capability, together=5, backwards=True)
+    compare_sums(several, expected, report, "told, 4 chunks")
+    for factor in (None, SKIP):
+        ours, theirs = expected.copy().tell(), expected.copy().tell()
+        for problem in (ours, theirs):
+            problem.grads[-1][5], problem.grads[-1][-1], problem.grads[-2][::7] = (
+                math.nan,
+                math.inf,
+                -math.inf,
+            )
+            if factor is not None:
+                problem.factors = torch.full((len(problem.params),), factor)
+        ours.step_compiled(case.capability)
+        theirs.step_in_torch()
+        compare_sums(ours, theirs, report, "told, not finite" if factor is None else "told, skipped")
+        report.require(factor is None or ours.same_bits(theirs), "told, skipped: something has changed")
 
 
 def check_races(case: Case, report: Report) -> None:
@@ -173,6 +208,8 @@ def parts(case: Case, report: Report, quick: bool) -> Iterator[None]:
     """The parts that there are for a case, done one by one."""
     yield check_ordinary(case, report, 2 if quick else 3)
     yield check_races(case, report)
+    if case.param == case.grad:
+        yield check_told(case, report)
     if not case.aligned:
         return
     yield check_paths(case, report)

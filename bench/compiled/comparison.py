@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton_kernels import codes
+from adamw_triton_kernels.statistics import COLUMN
 from bench.compiled.problems import Problem
 
 LIMITS = {"state": 4.0, "weight": 8.0}
@@ -126,6 +128,29 @@ def compare_codes(ours: Problem, theirs: Problem, report: Report, label: str) ->
         by = _largest(distance(a, b))
         report.worst(f"{label}: {name} that differ", int((a != b).sum()) / max(1, len(a)))
         report.require(by <= 1, f"{label}: {name} {by} ulps apart")
+
+
+def compare_sums(ours: Problem, theirs: Problem, report: Report, label: str) -> None:
+    """Of two steps with statistics. Counts of what may be rounded the other way may be so by as many."""
+    if ours.sums is None or theirs.sums is None:
+        raise ValueError("neither problem leaves statistics without tell()")
+    a, b = (problem.sums[:, : len(COLUMN)].double() for problem in (ours, theirs))
+    rows = list(theirs.layout.sums)
+    may = torch.zeros_like(b)
+    may[rows] = 1 + SHARE * torch.tensor(theirs.layout.numels, dtype=torch.float64)[:, None]
+    rounded = torch.tensor([name in _ROUNDED for name in COLUMN])
+    apart = (a - b).abs() / torch.where(rounded, may, b.abs().clamp(min=1e-30))
+    apart[(a == b) | (a.isnan() & b.isnan())] = 0
+    for name, column in COLUMN.items():
+        by, limit = float(apart[:, column].nan_to_num(math.inf).max()), 1 if name in _ROUNDED else TOLD
+        if name not in _ROUNDED:
+            report.worst("sums, relative", by)
+        report.require(by <= limit, f"{label}: sum of {name} {by:.1e} apart")
+
+
+TOLD = 1e-5
+"""Of sums, relative."""
+_ROUNDED = ("lost", "top", "bottom", "stalled", "zero")
 
 
 def _largest(numbers: Tensor) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adamw_triton.state.formats import KEPT
 from adamw_triton_kernels import Hyper, Layout, Update, hyper_table, reference
+from adamw_triton_kernels.statistics import WIDTH
 from adamw_triton_kernels.weights import read, write
 from adamw_triton_kernels.work import MASTER, NEAREST, REMAINDER, STOCHASTIC
 from bench.compiled.session import Session, compiled, in_triton, pieces, whole
@@ -124,6 +125,8 @@ class Problem:
     hyper: Tensor
     memories: list[Tensor] = field(default_factory=list)
     factors: Tensor | None = None
+    sums: Tensor | None = None
+    """What statistics are added to; None: there are none."""
 
     @classmethod
     def of(
@@ -159,6 +162,7 @@ class Problem:
             tuple(offsets),
             tuple(firsts or FIRSTS[: len(numels)]),
             tuple(i % rows for i in range(len(numels))),
+            sums=tuple(reversed(range(len(numels)))),
         )
         return cls(kernel, params, grads, state, layout, hyper, memories)
 
@@ -179,14 +183,20 @@ class Problem:
         params, grads = list(map(moved, self.params)), list(map(moved, self.grads))
         state = {name: moved(array) for name, array in self.state.items()}
         memories = list(by_memory.values())
-        return Problem(self.kernel, params, grads, state, layout, self.hyper, memories, self.factors)
+        sums = None if self.sums is None else self.sums.clone()
+        return Problem(self.kernel, params, grads, state, layout, self.hyper, memories, self.factors, sums)
+
+    def tell(self) -> Problem:
+        """From now on it leaves statistics."""
+        self.sums = torch.zeros(len(self.params), WIDTH)
+        return self
 
     def step_in_torch(self) -> None:
         self._step(getattr(reference, self.kernel.update))
 
     def _step(self, update: Update) -> None:
         weights = self.kernel.weights
-        update(self.params, self.grads, self.state, self.layout, self.hyper, weights, self.factors)
+        update(self.params, self.grads, self.state, self.layout, self.hyper, weights, self.factors, self.sums)
 
     def step_compiled(self, capability: int, **settings: Any) -> Session:
         """By the kernel that is compiled for sm_``capability``.

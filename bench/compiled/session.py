@@ -30,8 +30,21 @@ from bench.ptx.memory import GlobalMemory, Range, SharedMemory
 from bench.ptx.parser import parse
 from bench.ptx.program import PtxError
 
-TABLES = ("addresses", "tensors", "numels", "chunks", "hyper", "factors", "loss_scale", "scalars", "ranges")
-"""What the launcher makes for a launch; every other pointer is an array of the state."""
+TABLES = (
+    "addresses",
+    "tensors",
+    "numels",
+    "chunks",
+    "hyper",
+    "factors",
+    "loss_scale",
+    "scalars",
+    "ranges",
+    "rows",
+)
+"""What the launcher makes for a launch, and kernels read."""
+LEFT = ("left", "sums")
+"""What they write for statistics; every other pointer is an array of the state."""
 
 
 @dataclass
@@ -86,6 +99,7 @@ class Session:
         emulator.executed.clear()  # of a launch that was stopped
         given = dict(zip(kernel.signature, arguments, strict=True))
         tables = [whole(given[name], name, writable=False) for name in TABLES if name in given]
+        tables += [whole(given[name], name) for name in LEFT if isinstance(given.get(name), torch.Tensor)]
         reach = reachable(given, kernel.constants) if self.reach is None else self.reach
         memory = GlobalMemory([*tables, *reach], self.races, self.sectors)
         order = range(programs - 1, -1, -1) if self.backwards else self.only
@@ -140,7 +154,9 @@ def reachable(given: dict[str, Any], constants: dict[str, Any]) -> list[Range]:
         ranges.append(Range(addresses[index], numel * param, f"param {index}"))
         ranges.append(Range(addresses[n + index], numel * grad, f"grad {index}", writable=False))
     state = {
-        name: array for name, array in given.items() if isinstance(array, torch.Tensor) and name not in TABLES
+        name: array
+        for name, array in given.items()
+        if isinstance(array, torch.Tensor) and name not in (*TABLES, *LEFT)
     }
     elements = max(array.numel() for array in state.values())
     for name, array in state.items():

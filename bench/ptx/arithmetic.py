@@ -100,6 +100,10 @@ def _multiply_add(instruction: Instruction, approximation: floats.Approximation)
 
 
 def _fma(instruction: Instruction, approximation: floats.Approximation) -> Step:
+    narrow = instruction.parts[-1]
+    if narrow in ("f16", "bf16") and instruction.parts[-2] == "f32":  # of mixed types: a and b of 16 bits
+        modifiers, _ = modifiers_of(instruction, {"rn", "sat"}, 2)
+        return apply_to(instruction, _float_function(floats.fma, modifiers), [narrow, narrow, "f32"], "f32")
     modifiers, (kind,) = modifiers_of(instruction, {"rn", "ftz", "sat"})
     if "rn" not in modifiers:
         raise Unsupported(instruction)

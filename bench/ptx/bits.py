@@ -90,6 +90,20 @@ def _field_extract(instruction: Instruction, approximation: floats.Approximation
     return apply_to(instruction, extract, [kind, "u32", "u32"], kind)
 
 
+def _count_bits(instruction: Instruction, approximation: floats.Approximation) -> Step:
+    _, (kind,) = modifiers_of(instruction, set())
+    return apply_to(instruction, _ones_in, [f"u{bits_of(kind)}"], "u32")
+
+
+def _ones_in(value: Array) -> Array:
+    """Of each number, how many bits are set: in pairs, in fours, in bytes, and of these the sum."""
+    x = value.astype(np.uint64)
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return ((x * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.uint32)
+
+
 def _permute(instruction: Instruction, approximation: floats.Approximation) -> Step:
     """Each nibble of the selector picks a byte of {b, a}; its high bit takes that byte's sign instead."""
     modifiers_of(instruction, set())
@@ -221,6 +235,6 @@ def _to_global(instruction: Instruction, approximation: floats.Approximation) ->
 
 FAMILIES: dict[str, Decoder] = {
     "and": _logic, "or": _logic, "xor": _logic, "not": _logic, "shl": _shift, "shr": _shift,
-    "shf": _funnel_shift, "bfe": _field_extract, "prmt": _permute, "lop3": _logic3, "selp": _select,
-    "setp": _compare, "mov": _move, "cvta": _to_global,
+    "shf": _funnel_shift, "bfe": _field_extract, "popc": _count_bits, "prmt": _permute, "lop3": _logic3,
+    "selp": _select, "setp": _compare, "mov": _move, "cvta": _to_global,
 }  # fmt: skip

@@ -19,7 +19,9 @@ from adamw_triton_kernels.work import NEAREST, Addresses, Arrays, Call, Layout, 
 THREADS = 256
 TILE = 2048
 TAIL = 512
-TELLING_TAIL = 1024  # so that a thread has four neighbours, whose sums it makes
+NEAR = tl.constexpr(4)  # neighbours in a thread, whose sums it makes
+TELLING_TAIL = 1024
+TELLING_REGISTERS = 128  # as the assembler likes, sm_75 takes 80 and spills two
 
 
 @Update
@@ -74,6 +76,7 @@ def build(
             "TAIL": TELLING_TAIL if TELLS else TAIL,
         },
         threads=THREADS,
+        registers=TELLING_REGISTERS if TELLS else None,
         tells=TELLS,
     )
 
@@ -104,15 +107,15 @@ def _tile(
     tl.store(param + at, stored, mask)
     if TELLS:
         new = kept_as(new, stored, WEIGHTS)
-        peaks = tl.max(tl.reshape(v, [SIZE // 4, 4]), 1)
-        seen = see(seen, g, p, new, change, step_size, m, v, peaks, mask, MASKED)
+        peaks = tl.max(tl.reshape(v, [SIZE // NEAR, NEAR]), 1)
+        seen = see(seen, g, p, new, change, m, v, peaks, mask, NEAR, MASKED)
     return seen
 
 
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
     addresses, tensors, chunks, hyper, factors, exp_avg, exp_avg_sq, max_exp_avg_sq, kept,
-    n_tensors, chunk_size, sums,
+    n_tensors, chunk_size, left,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     AMSGRAD: tl.constexpr, WEIGHTS: tl.constexpr, TELLS: tl.constexpr,
     TILE: tl.constexpr, TAIL: tl.constexpr,
@@ -129,8 +132,8 @@ def _kernel(
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With `whole`
     # for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
     whole = count // TILE * TILE
-    seen = nothing(TILE, TILE // 4) if TELLS else 0
-    seen_of_tail = nothing(TAIL, TAIL // 4) if TELLS else 0
+    seen = nothing(TILE, NEAR, TILE // NEAR) if TELLS else 0
+    seen_of_tail = nothing(TAIL, NEAR, TAIL // NEAR) if TELLS else 0
     for start in range(0, count - TILE + 1, TILE):
         seen = _tile(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, kept, start, count, first,
@@ -144,6 +147,6 @@ def _kernel(
             PARAM, AMSGRAD, WEIGHTS, TELLS, TAIL, True,
         )  # fmt: skip
     if TELLS:
-        leave(sums, seen, seen_of_tail, factor)
-        leave_no_codes(sums)
-        leave_gradients(sums, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)
+        leave(left, seen, seen_of_tail, step_size, factor)
+        leave_no_codes(left)
+        leave_gradients(left, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)

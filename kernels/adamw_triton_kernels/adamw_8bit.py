@@ -43,6 +43,8 @@ SHAPES = {128: (64, 1024, 256), 256: (128, 2048, 1024)}
 # with fp32 gradients it takes 96 on sm_90 and spills two; between 96 and 128, sm_100 spills; with a master
 # kept, sm_75 spills at 128 and none does at its own choice (`bench compiled`).
 MIXED, MANY, MOST = 128, 168, 255
+# With statistics: left to itself it takes 216 and more, and at 168 it needs an instruction an element more.
+TELLING = 192
 
 
 @Update
@@ -111,7 +113,7 @@ def _registers(
     aligned: bool, block: int, weights: str, dtypes: tuple[torch.dtype, torch.dtype], tells: bool
 ) -> int | None:
     if tells:
-        return MOST
+        return TELLING if aligned else MOST
     if not aligned and weights in KEPT:
         return MOST
     if not aligned or block != 128:
@@ -158,7 +160,8 @@ def _tile(
     m = r * (m_scale * (beta1 * (1 / RATIO_LEVELS)))[:, None] * root_v
     v = root_v * (root_v * beta2)
     m = tl.fma(lerp1, g, m)
-    root_v = tl.sqrt(tl.fma(lerp2, g * g, v))
+    v = tl.fma(lerp2, g * g, v)
+    root_v = tl.sqrt(v)
     change = change_of(p, m, root_v, inv_root_correction2, eps, decay)
     new = tl.fma(-step_size, change, p)
     stored = write_weight(new, kept, at, mask, first + at, phase, PARAM, WEIGHTS)
@@ -167,8 +170,8 @@ def _tile(
     peaks = tl.max(root_v, 1)
     if TELLS:
         new = kept_as(new, stored, WEIGHTS)
-        v = root_v * root_v
-        seen = see(seen, g, p, new, change, step_size, m, v, peaks * peaks, mask, MASKED)
+        NEAR: tl.constexpr = 4 if MASKED else 16
+        seen = see(seen, g, p, new, change, m, v, peaks * peaks, mask, NEAR, MASKED)
         old_q, old_root_v = q, before
     v_scale = sticky_scale(v_scale, peaks)
     per_unit = levels_per_unit(v_scale)
@@ -192,7 +195,7 @@ def _tile(
 @triton.jit(do_not_specialize=["n_tensors", "chunk_size"])
 def _kernel(
     addresses, tensors, chunks, hyper, factors,
-    exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales, kept, n_tensors, chunk_size, sums,
+    exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales, kept, n_tensors, chunk_size, left,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, TELLS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -206,9 +209,9 @@ def _kernel(
     v_codes = exp_avg_sq_codes + offset
     v_scales = exp_avg_sq_scales + offset // BLOCK
     kept += offset
-    seen = nothing(TILE, TILE // BLOCK) if TELLS else 0
+    seen = nothing(TILE, 16, TILE // BLOCK) if TELLS else 0
     coded = no_codes(TILE) if TELLS else 0
-    seen_of_tail = nothing(TAIL, TAIL // BLOCK) if TELLS else 0
+    seen_of_tail = nothing(TAIL, 4, TAIL // BLOCK) if TELLS else 0
     coded_of_tail = no_codes(TAIL) if TELLS else 0
     # Whole tiles without a mask: a mask that depends on a loaded count makes accesses scalar. (With the end
     # of the last for a bound the counter would be 64 bits wide: two instructions an element of 32-bit state.)
@@ -228,6 +231,6 @@ def _kernel(
             PARAM, PARAM_ALIGN, BLOCK, WEIGHTS, TELLS, TAIL, True,
         )  # fmt: skip
     if TELLS:
-        leave(sums, seen, seen_of_tail, factor)
-        leave_codes(sums, coded, coded_of_tail)
-        leave_gradients(sums, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)
+        leave(left, seen, seen_of_tail, step_size, factor)
+        leave_codes(left, coded, coded_of_tail)
+        leave_gradients(left, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)

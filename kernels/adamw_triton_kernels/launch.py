@@ -102,9 +102,9 @@ class Build:
             "GRAD_ALIGN": ALIGNMENT if aligned else grad_dtype.itemsize,
             **constexprs,
         }
-        sums = {"sums": "*fp32"} if tells else {}
+        left = {"left": "*fp32"} if tells else {}
         if not tells:
-            all_constexprs = {"sums": None, **all_constexprs}
+            all_constexprs = {"left": None, **all_constexprs}
         tables = {
             "addresses": "*i64",
             "tensors": "*i64",
@@ -113,7 +113,7 @@ class Build:
             "factors": "*fp32",
         }
         scalars = {"n_tensors": "i32", "chunk_size": "i32"}
-        signature = {**tables, **state, **scalars, **sums, **dict.fromkeys(all_constexprs, "constexpr")}
+        signature = {**tables, **state, **scalars, **left, **dict.fromkeys(all_constexprs, "constexpr")}
         return cls(fn, signature, all_constexprs, threads, registers)
 
     def num_warps(self, warp_size: int) -> int:
@@ -181,7 +181,7 @@ class _Left:
 
     build = Build(
         totals,
-        {"chunks": "*fp32", "ranges": "*i32", "rows": "*i32", "sums": "*fp32", "ROWS": "constexpr"},
+        {"left": "*fp32", "ranges": "*i32", "rows": "*i32", "sums": "*fp32", "ROWS": "constexpr"},
         {"ROWS": 64},
         threads=128,
     )

@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adamw_triton_kernels.statistics import COLUMN, SAMPLED, SUMS, WIDTH
+from adamw_triton_kernels.statistics import COLUMN, SUMS, WIDTH
+from adamw_triton_kernels.statistics import SAMPLED as _SAMPLED
 
-# Neighbours that a thread adds up as it goes: so many registers fewer hold the sums. The first of them is the
-# one whose code is looked at.
-NEAR = tl.constexpr(SAMPLED)
+SAMPLED = tl.constexpr(_SAMPLED)
 COLUMNS = tl.constexpr(WIDTH)
 ADDED = tl.constexpr(len(SUMS))
 NAN = tl.constexpr(COLUMN["nan"])
@@ -24,72 +23,82 @@ FACTOR = tl.constexpr(COLUMN["factor"])  # the last
 
 
 @triton.jit
-def quarters(x):
-    """Every fourth element, four times: neighbours are in one thread, and none moves."""
-    even, odd = tl.split(tl.reshape(x, [x.numel // 4, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def halves(x):
+    """The elements at even and at odd places: neighbours are in one thread, and none moves."""
+    return tl.split(tl.reshape(x, [x.numel // 2, 2]))
 
 
 @triton.jit
-def squares(seen, x):
-    a, b, c, d = quarters(x)
-    return tl.fma(d, d, tl.fma(c, c, tl.fma(b, b, tl.fma(a, a, seen))))
+def squares(seen, x, NEAR: tl.constexpr):
+    if NEAR == 1:
+        return tl.fma(x, x, seen)
+    else:
+        even, odd = halves(x)
+        return squares(squares(seen, even, NEAR // 2), odd, NEAR // 2)
 
 
 @triton.jit
-def added(seen, x):
-    a, b, c, d = quarters(x)
-    return (((seen + a) + b) + c) + d
+def added(seen, x, NEAR: tl.constexpr):
+    if NEAR == 1:
+        return seen + x
+    else:
+        even, odd = halves(x)
+        return added(added(seen, even, NEAR // 2), odd, NEAR // 2)
 
 
 @triton.jit
-def nothing(SIZE: tl.constexpr, PEAKS: tl.constexpr):
-    """What is seen of no tile of so many elements, of so many of whose peaks the largest is kept."""
+def first(x, NEAR: tl.constexpr):
+    """Of so many neighbours."""
+    if NEAR == 1:
+        return x
+    else:
+        even, _ = halves(x)
+        return first(even, NEAR // 2)
+
+
+@triton.jit
+def nothing(SIZE: tl.constexpr, NEAR: tl.constexpr, PEAKS: tl.constexpr):
+    """What is seen of no tile of so many elements, of so many of whose peaks the largest is kept. ``NEAR``:
+    neighbours that a thread adds up as it goes, so that fewer registers hold the sums."""
     none = tl.zeros([SIZE // NEAR], tl.float32)
     count = tl.zeros([SIZE // NEAR], tl.int32)
     return none, none, none, none, none, count, tl.zeros([PEAKS], tl.float32)
 
 
 @triton.jit
-def see(seen, g, before, after, change, step_size, m, v, peaks, mask, MASKED: tl.constexpr):
+def see(seen, g, before, after, change, m, v, peaks, mask, NEAR: tl.constexpr, MASKED: tl.constexpr):
     """And one tile more. ``before`` and ``after``: the weight, as exactly as it is kept."""
     gradient, weight, changes, exp_avg, exp_avg_sq, lost, highest = seen
-    is_lost = (before == after) & (change * step_size != 0)
+    is_lost = (before == after) & (change != 0)
     if MASKED:
         g, before, change = tl.where(mask, g, 0), tl.where(mask, before, 0), tl.where(mask, change, 0)
         m, v, is_lost = tl.where(mask, m, 0), tl.where(mask, v, 0), is_lost & mask
     return (
-        squares(gradient, g),
-        squares(weight, before),
-        squares(changes, change),
-        squares(exp_avg, m),
-        added(exp_avg_sq, v),
-        added(lost, is_lost.to(tl.int32)),
+        squares(gradient, g, NEAR),
+        squares(weight, before, NEAR),
+        squares(changes, change, NEAR),
+        squares(exp_avg, m, NEAR),
+        added(exp_avg_sq, v, NEAR),
+        added(lost, is_lost.to(tl.int32), NEAR),
         tl.maximum(highest, peaks),
     )
 
 
 @triton.jit
 def no_codes(SIZE: tl.constexpr):
-    count = tl.zeros([SIZE // NEAR], tl.int32)
+    count = tl.zeros([SIZE // SAMPLED], tl.int32)
     return count, count, count, count
 
 
 @triton.jit
 def see_codes(seen, q, new_q, root_v, new_root_v, r, mask, MASKED: tl.constexpr):
-    """``r``: as it is rounded, before."""
+    """``r``: as it is stored."""
     top, bottom, stalled, zero = seen
-    q, _, _, _ = quarters(q)
-    new_q, _, _, _ = quarters(new_q)
-    root_v, _, _, _ = quarters(root_v)
-    new_root_v, _, _, _ = quarters(new_root_v)
-    r, _, _, _ = quarters(r)
+    q, new_q, r = first(q, SAMPLED), first(new_q, SAMPLED), first(r, SAMPLED)
     is_top, is_bottom, is_zero = new_q >= 255, new_q == 1, r == 0
-    stays = (q == new_q) & (root_v != new_root_v)
+    stays = (q == new_q) & (first(root_v, SAMPLED) != first(new_root_v, SAMPLED))
     if MASKED:
-        mask, _, _, _ = quarters(mask)
+        mask = first(mask, SAMPLED)
         is_top, is_bottom, is_zero, stays = is_top & mask, is_bottom & mask, is_zero & mask, stays & mask
     return (
         top + is_top.to(tl.int32),
@@ -100,34 +109,36 @@ def see_codes(seen, q, new_q, root_v, new_root_v, r, mask, MASKED: tl.constexpr)
 
 
 @triton.jit
-def leave(sums, whole, tail, factor):
+def leave(left, whole, tail, step_size, factor):
     """Of a chunk: its row, but for the columns of gradients and of codes."""
-    row = sums + COLUMNS * tl.program_id(0)
-    for column in tl.static_range(1, 6):
-        tl.store(row + column, (tl.sum(whole[column], 0) + tl.sum(tail[column], 0)).to(tl.float32))
+    row = left + COLUMNS * tl.program_id(0)
+    for column in tl.static_range(1, 5):
+        tl.store(row + column, tl.sum(whole[column], 0) + tl.sum(tail[column], 0))
+    lost = tl.sum(whole[5], 0) + tl.sum(tail[5], 0)
+    tl.store(row + 5, tl.where(step_size == 0, 0, lost).to(tl.float32))
     tl.store(row + HIGHEST, tl.maximum(tl.max(whole[6], 0), tl.max(tail[6], 0)))
     tl.store(row + FACTOR, factor)
 
 
 @triton.jit
-def leave_codes(sums, whole, tail):
-    row = sums + COLUMNS * tl.program_id(0) + TOP
+def leave_codes(left, whole, tail):
+    row = left + COLUMNS * tl.program_id(0) + TOP
     for column in tl.static_range(4):
         tl.store(row + column, (tl.sum(whole[column], 0) + tl.sum(tail[column], 0)).to(tl.float32))
 
 
 @triton.jit
-def leave_no_codes(sums):
-    row = sums + COLUMNS * tl.program_id(0) + TOP
+def leave_no_codes(left):
+    row = left + COLUMNS * tl.program_id(0) + TOP
     for column in tl.static_range(4):
         tl.store(row + column, 0.0)
 
 
 @triton.jit
-def leave_gradients(sums, whole, tail, grad, count, grad_scale, factor, SIZE: tl.constexpr):
+def leave_gradients(left, whole, tail, grad, count, grad_scale, factor, SIZE: tl.constexpr):
     """Their squares, and how many of a chunk's ``count`` are not finite. They are looked at again if their
     squares add up to something that is not, or if the step is skipped and nobody has looked at them."""
-    row = sums + COLUMNS * tl.program_id(0)
+    row = left + COLUMNS * tl.program_id(0)
     seen = tl.sum(whole[0], 0) + tl.sum(tail[0], 0)
     skipped = factor < 0
     gradient = tl.zeros([SIZE], tl.float32)
@@ -145,7 +156,7 @@ def leave_gradients(sums, whole, tail, grad, count, grad_scale, factor, SIZE: tl
 
 
 @triton.jit
-def totals(chunks, ranges, rows, sums, ROWS: tl.constexpr):
+def totals(left, ranges, rows, sums, ROWS: tl.constexpr):
     tensor = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     there = (column <= FACTOR)[None, :]
@@ -155,10 +166,10 @@ def totals(chunks, ranges, rows, sums, ROWS: tl.constexpr):
     highest = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(tl.load(ranges + 2 * tensor), end, ROWS):
         row = begin + tl.arange(0, ROWS)[:, None]
-        x = tl.load(chunks + COLUMNS * row.to(tl.int64) + column[None, :], (row < end) & there, 0)
+        x = tl.load(left + COLUMNS * row.to(tl.int64) + column[None, :], (row < end) & there, 0)
         found += x
         highest = tl.where(x == x, tl.maximum(highest, x), highest)
     before = tl.load(own)
-    factor = tl.load(chunks + COLUMNS * (end - 1).to(tl.int64) + FACTOR)
+    factor = tl.load(left + COLUMNS * (end - 1).to(tl.int64) + FACTOR)
     new = tl.where(column < ADDED, before + tl.sum(found, 0), tl.maximum(before, tl.max(highest, 0)))
     tl.store(own, tl.where(column == FACTOR, factor, new))

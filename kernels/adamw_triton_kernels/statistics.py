@@ -23,7 +23,7 @@ SUMS = (
     "change",  # the square of m/(sqrt(v)+eps) + decay*p: times the step size, what is taken from p
     "exp_avg",  # m*m, after
     "exp_avg_sq",  # v, after
-    "lost",  # p is what it was, though the change times the step size is not 0
+    "lost",  # p is what it was, though neither the change nor the step size is 0
     "nan",  # of gradients
     "inf",
     # Of 8-bit state, of the elements whose index in the parameter divides by SAMPLED:
@@ -36,7 +36,7 @@ LARGEST = ("exp_avg_sq_max", "factor")  # NaN takes no part
 COLUMN = {name: column for column, name in enumerate((*SUMS, *LARGEST))}
 WIDTH = 16
 """Columns of a row; what is beyond the names is unused."""
-SAMPLED = 4
+SAMPLED = 16
 """One code in so many is looked at: of all, it would be more work than all the rest."""
 
 
@@ -75,7 +75,7 @@ class Tally:
         codes: Codes | None = None,
     ) -> None:
         """Of one run, fp32, flat; ``before`` and ``after``: the weight, as exactly as it is kept."""
-        lost = (after == before) & (change * step_size != 0)
+        lost = (after == before) & (change != 0) & (step_size != 0)
         columns = [
             *(each * each for each in (gradient, before, change, exp_avg)),
             exp_avg_sq,

@@ -23,7 +23,7 @@ def _store_located(
     addresses, tensors, chunks, factors, n_tensors, chunk_size, out,
     PARAM: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    param, grad, offset, count, first, row, factor = locate(
+    param, grad, offset, count, first, row, factor, _ = locate(
         addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, 4, 2
     )
     out += 7 * tl.program_id(0)

@@ -72,6 +72,14 @@ def test_conversions_are_torchs() -> None:
         assert (back.view(np.float32)[~nan] == want.float().numpy()[~nan]).all()
 
 
+def test_fma_of_mixed_types() -> None:
+    given = np.array([bits(1.5, -2.25, 1e-3, 0), bits(3.0, 2.0**-100, 2.0**-120, 0)], dtype=np.uint32)
+    narrowed = "cvt.rn.bf16.f32 %h1, %r10; cvt.rn.bf16.f32 %h2, %r11;"
+    got, *_ = run(f"{narrowed} fma.rn.f32.bf16 %r20, %h1, %h2, %r12;", given)
+    want, *_ = run("fma.rn.f32 %r20, %r10, %r11, %r12;", given)
+    assert list(got) == list(want)
+
+
 def test_nan_and_zeros_in_extrema() -> None:
     inf, nan = float("inf"), float("nan")
     cases = [
@@ -131,6 +139,7 @@ INTEGERS = {
     "prmt.b32 %r20, %r10, %r11, 0x5410;": lambda a, b, c, d: (a & 0xFFFF) | (b & 0xFFFF) << 16,
     "prmt.b32 %r20, %r10, 0, 0x7771;": lambda a, b, c, d: a >> 8 & 0xFF,
     "prmt.b32 %r20, %r10, 0, 0x9991;": lambda a, b, c, d: (-(a >> 15 & 1) << 8) | a >> 8 & 0xFF,
+    "popc.b32 %r20, %r10;": lambda a, b, c, d: (a & 0xFFFFFFFF).bit_count(),
     "bfe.u32 %r20, %r10, 16, 1;": lambda a, b, c, d: a >> 16 & 1,
     "bfe.s32 %r20, %r10, 3, 1;": lambda a, b, c, d: -(a >> 3 & 1),
     "bfe.s32 %r20, %r10, 5, 6;": lambda a, b, c, d: signed(a >> 5, 6),
