@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -43,7 +43,8 @@ class Kernel:
     state: tuple[torch.dtype, ...]  # what it reads and writes for every element beside the parameter
     goal: float | None = None  # instructions per element at most, 16-bit on sm_90; None: see `beside`
     params: tuple[str, ...] = tuple(DTYPES)  # parameter types it has
-    beside: str = ""  # the kernel of which it may have at most MORE instructions more; without, a peer
+    beside: str = ""  # the kernel than which it may have at most `more` instructions more; without, a peer
+    more: int = 0
     scales: float = 0.0  # bytes that it reads and writes of state that elements share, to each
 
     @property
@@ -106,6 +107,8 @@ def _flashoptim(param: torch.dtype, grad: torch.dtype, correction: bool) -> Sour
 
 MORE = 8
 """Instructions an element that it may cost to keep weights otherwise than to nearest."""
+TOLD = 12
+"""Instructions an element that statistics may cost."""
 _FP32 = torch.float32
 _CODES = (torch.int8, torch.uint8)
 
@@ -126,13 +129,23 @@ def _otherwise() -> Iterator[tuple[str, Kernel]]:
     for name, kernel in _NEAREST.items():
         for weights, param, kept in _OTHERWISE:
             build = partial(kernel.build, WEIGHTS=weights)
-            made = Kernel(build, (*kernel.state, *kept), None, (param,), name, kernel.scales)
+            made = Kernel(build, (*kernel.state, *kept), None, (param,), name, MORE, kernel.scales)
             yield f"{name} {weights}", made
+
+
+def _telling() -> Iterator[tuple[str, Kernel]]:
+    """Those that leave statistics."""
+    for name, kernel in _NEAREST.items():
+        yield (
+            f"{name} telling",
+            replace(kernel, build=partial(kernel.build, TELLS=True), goal=None, beside=name, more=TOLD),
+        )
 
 
 KERNELS: dict[str, Kernel] = {
     **_NEAREST,
     **dict(_otherwise()),
+    **dict(_telling()),
     "flashoptim 8bit": Kernel(partial(_flashoptim, correction=False), _CODES, scales=4 / 32),
     "flashoptim 8bit corrected": Kernel(
         partial(_flashoptim, correction=True), (*_CODES, torch.int8), params=("bf16", "fp16"), scales=4 / 32

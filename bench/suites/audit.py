@@ -25,7 +25,7 @@ from bench.machine_code import report as audit_report
 from bench.machine_code.account import TARGETS, Account, account, compile_for
 from bench.machine_code.cases import Case, Row
 from bench.machine_code.disassembly import Access
-from bench.machine_code.kernels import DTYPES, KERNELS, MORE
+from bench.machine_code.kernels import DTYPES, KERNELS
 
 RESULTS = report.RESULTS / "aot"
 PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16")]
@@ -55,7 +55,7 @@ def audit(case: Case) -> Row:
         counted = count(case)
         goal = kernel.goal
         if at_goal and kernel.beside:
-            goal = count(replace(case, kernel=kernel.beside)).per_element + MORE
+            goal = count(replace(case, kernel=kernel.beside)).per_element + kernel.more
     except Exception as error:  # whatever a compiler throws: the row says it, and the others go on
         reason = str(error).strip().splitlines() or [""]
         return replace(row, failure=f"{type(error).__name__}: {reason[0]}")
