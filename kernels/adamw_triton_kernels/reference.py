@@ -84,7 +84,7 @@ def adamw_32bit(
         return _left(tally, grads, layout, hyper)
     hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
-    longest = FUSED_CHUNK if weights in (STOCHASTIC, MASTER) else WHOLE
+    longest = WHOLE if weights not in (STOCHASTIC, MASTER) and tally is None else FUSED_CHUNK
     dither = _dither_of(weights, min(sum(layout.numels), longest), ALIGNMENT, params[0].device)
 
     def step(run: Run, arrays: Arrays) -> None:
@@ -99,12 +99,12 @@ def adamw_32bit(
         update(run.param, run.grad, *rows[run.row], *own)
         if tally is not None and before is not None:
             kept = _kept({name: array[run.at] for name, array in arrays.items()}, run.param, weights)
-            m, v = own[0], own[len(names) - 1]
-            row = rows[run.row]
-            _tell(tally, run, row, before, read(run.param, kept, weights), m, v, sqrt(v))
+            after = read(run.param, kept, weights)
+            tally.add(run, before, after, own[0], own[len(names) - 1], rows[run.row].told)
 
     lengths = {"plain": (CHUNK, GATHERED), "compiled": (longest, GATHERED)}
-    return _prepared(step, (weights, amsgrad), params, grads, state, layout, tally is None, **lengths)
+    kind = (weights, amsgrad, tally is None)
+    return _prepared(step, kind, params, grads, state, layout, **lengths)
 
 
 @functools.cache
@@ -170,10 +170,11 @@ def adamw_8bit(
             m, root_v, old = (each.view(-1)[: p.numel()] for each in (m, root_v, old_v.sqrt()))
             codes = Codes(old, root_v, q, part["exp_avg_sq_codes"], part["exp_avg_codes"])
             after = read(p, _kept(part, p, weights), weights)
-            _tell(tally, run, rows[row], before, after, m, root_v * root_v, root_v, codes)
+            tally.add(run, before, after, m, root_v * root_v, rows[row].told, codes)
 
     lengths = {"plain": (CHUNK, CHUNK), "compiled": (FUSED_CHUNK, FUSED_CHUNK)}
-    return _prepared(step, (weights, block), params, grads, state, layout, tally is None, **lengths)
+    kind = (weights, block, tally is None)
+    return _prepared(step, kind, params, grads, state, layout, **lengths)
 
 
 @fused
@@ -212,23 +213,6 @@ def _left(tally: Tally | None, grads: Sequence[Tensor], layout: Layout, hyper: T
 def _kept(arrays: Arrays, p: Tensor, weights: str) -> list[Tensor]:
     """What goes with the weight, for ``read``."""
     return beside(arrays[weights], p.dtype, weights) if weights in arrays else []
-
-
-def _tell(
-    tally: Tally,
-    run: Run,
-    row: Row,
-    before: Tensor,
-    after: Tensor,
-    m: Tensor,
-    v: Tensor,
-    root_v: Tensor,
-    codes: Codes | None = None,
-) -> None:
-    """All of one run, flat: the weight before and after; the moments as the new weight was made of them."""
-    gradient = run.grad.float() * row.grad_scale
-    change = m / (root_v * row.inv_root_correction2 + row.eps) + before * row.decay
-    tally.add(run, gradient, before, after, change, row.step_size, m, v, codes)
 
 
 def _scaled(hyper: Tensor, layout: Layout, factors: Tensor | None) -> tuple[Tensor, Layout]:
@@ -270,7 +254,6 @@ def _prepared(
     grads: Sequence[Tensor],
     state: Arrays,
     layout: Layout,
-    may_compile: bool,
     *,
     plain: tuple[int, int],
     compiled: tuple[int, int],
@@ -279,13 +262,11 @@ def _prepared(
 
     Args:
         kind: tells apart steps that call other functions, or with other shapes for a run of one length.
-        may_compile: whether that pays. What has been compiled is called in any case.
         plain, compiled: how long runs are, of one tensor and of several.
     """
-    compiles = may_compile and fusion.compiles()
-    if compiles and params[0].is_cpu:
+    if fusion.compiles() and params[0].is_cpu:
         _rehearse(step, kind, params, grads, state, layout, compiled)
-    todo = runs(params, grads, layout, *(compiled if compiles else plain))
+    todo = runs(params, grads, layout, *(compiled if fusion.compiles() else plain))
     room = TEMPORARIES * min(sum(layout.numels), CHUNK)  # compiled, runs are longer and need less
     params[0].new_empty(room, dtype=torch.uint8)
 
@@ -338,6 +319,11 @@ class Row(NamedTuple):
     eps: Tensor
     step_size: Tensor
     decay: Tensor
+
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        """What statistics are made with, see ``Tally``."""
+        return self.grad_scale, self.inv_root_correction2, self.eps, self.decay, self.step_size
 
     @classmethod
     def of_all(cls, hyper: Tensor) -> list[Row]:

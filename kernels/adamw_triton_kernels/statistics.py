@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton_kernels.runs import Run, Span
-from adamw_triton_kernels.tables import has_float64
+from adamw_triton_kernels.fusion import fused
+from adamw_triton_kernels.runs import Run
 from adamw_triton_kernels.work import SKIP, Layout
 
 SUMS = (
@@ -55,81 +55,76 @@ class Tally:
 
     def __init__(self, sums: Tensor, layout: Layout, factors: Tensor | None) -> None:
         self._sums = sums
-        self._rows = torch.tensor(layout.sums, device=sums.device)
-        self._exact = torch.float64 if has_float64(sums.device) else torch.float32
+        self._rows = layout.sums
         own = torch.ones(len(layout.sums), device=sums.device)
         if factors is not None:
             own = factors[list(layout.factors)] if layout.factors else own * factors[0]
-        self._factors = own
+        sums[list(layout.sums), COLUMN["factor"]] = own
 
     def add(
         self,
         run: Run,
-        gradient: Tensor,
         before: Tensor,
         after: Tensor,
-        change: Tensor,
-        step_size: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        m: Tensor,
+        v: Tensor,
+        numbers: Sequence[Tensor],
         codes: Codes | None = None,
     ) -> None:
-        """Of one run, fp32, flat; ``before`` and ``after``: the weight, as exactly as it is kept."""
-        lost = (after == before) & (change != 0) & (step_size != 0)
-        columns = [
-            *(each * each for each in (gradient, before, change, exp_avg)),
-            exp_avg_sq,
-            lost,
-            gradient.isnan(),
-            gradient.isinf(),
-        ]
-        self._put(run.spans, columns, torch.where(exp_avg_sq == exp_avg_sq, exp_avg_sq, 0.0))
-        if codes is not None:
-            at, spans = _sampled(run.spans, gradient.device)
-            root_v, new_root_v, q, new_q, new_r = (each[at] for each in codes)
-            stalled = (q == new_q) & (root_v != new_root_v)
-            self._put(spans, [new_q == 255, new_q == 1, stalled, new_r == 0], None, begin=COLUMN["top"])
+        """Of one run, flat.
+
+        Args:
+            before, after: the weight, as exactly as it is kept.
+            m, v: fp32, the new ones.
+            numbers: grad_scale, inv_root_correction2, eps, decay, step_size.
+        """
+        begin = 0
+        for span in run.spans:
+            here = slice(begin, begin + span.numel)
+            begin = here.stop
+            each = _seen(before[here], after[here], run.grad[here], m[here], v[here], *numbers)
+            if each.is_meta:  # a rehearsal
+                continue
+            row = self._sums[self._rows[span.tensor]]
+            row[: len(each) - 1] += each[:-1]
+            highest = row[COLUMN["exp_avg_sq_max"]]
+            highest.copy_(torch.maximum(highest, each[-1]))
+            if not each[0].isfinite():
+                self._add_nonfinite(row, run.grad[here], numbers[0])
+            if codes is not None:
+                looked_at = slice(here.start, here.stop, SAMPLED)
+                row[COLUMN["top"] : COLUMN["zero"] + 1] += _codes_seen(*(each[looked_at] for each in codes))
 
     def skipped(self, grads: Sequence[Tensor], grad_scales: Tensor) -> None:
         """Of a step that leaves all as it is: of gradients there is something to say, too."""
-        for index, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
-            g = grad.detach().float().flatten() * scale
-            self._put([Span(index, g.numel(), 0)], [g * g], None)
-            self._put([Span(index, g.numel(), 0)], [g.isnan(), g.isinf()], None, begin=COLUMN["nan"])
+        for index, grad, scale in zip(self._rows, grads, grad_scales, strict=True):
+            row, g = self._sums[index], grad.detach().flatten()
+            row[COLUMN["gradient"]] += (g.float() * scale).square().sum()
+            self._add_nonfinite(row, g, scale)
 
-    def _put(
-        self, spans: Sequence[Span], columns: Sequence[Tensor], peaks: Tensor | None, begin: int = 0
-    ) -> None:
-        """Columns from ``begin`` on, of these elements."""
-        tensors = [span.tensor for span in spans]
-        rows = self._rows[tensors]
-        if len(spans) == 1:
-            found = torch.stack([column.sum(dtype=self._exact) for column in columns])[None]
-            highest = None if peaks is None else peaks.amax()[None]
-        else:
-            sizes = torch.tensor([span.numel for span in spans], device=rows.device)
-            which = torch.repeat_interleave(torch.arange(len(spans), device=rows.device), sizes)
-            each = torch.stack([column.to(self._exact) for column in columns], dim=1)
-            found = each.new_zeros((len(spans), len(columns))).index_add_(0, which, each)
-            highest = None
-            if peaks is not None:
-                highest = peaks.new_zeros(len(spans)).scatter_reduce_(0, which, peaks, "amax")
-        self._sums[rows, begin : begin + len(columns)] += found.float()
-        if highest is not None:
-            column = COLUMN["exp_avg_sq_max"]
-            self._sums[rows, column] = torch.maximum(self._sums[rows, column], highest)
-        self._sums[rows, COLUMN["factor"]] = self._factors[tensors]
+    def _add_nonfinite(self, row: Tensor, grad: Tensor, scale: Tensor) -> None:
+        g = grad.float() * scale
+        row[COLUMN["nan"]] += g.isnan().sum()
+        row[COLUMN["inf"]] += g.isinf().sum()
+
+
+@fused
+def _seen(before: Tensor, after: Tensor, grad: Tensor, m: Tensor, v: Tensor, *numbers: Tensor) -> Tensor:
+    """fp32 [7]: the columns of ``SUMS`` up to those of gradients that are not finite, and the largest v."""
+    grad_scale, inv_root_correction2, eps, decay, step_size = numbers
+    p, g = before.float(), grad.float() * grad_scale
+    change = m / (v.sqrt() * inv_root_correction2 + eps) + p * decay
+    lost = ((before == after) & (change != 0)).sum() * (step_size != 0)
+    highest = torch.where(v == v, v, 0.0).amax()
+    squares = [torch.dot(each, each) for each in (g, p, change, m)]
+    return torch.stack([*squares, v.sum(), lost.float(), highest])
+
+
+def _codes_seen(root_v: Tensor, new_root_v: Tensor, q: Tensor, new_q: Tensor, new_r: Tensor) -> Tensor:
+    """fp32 [4]: the columns of codes."""
+    stalled = (q == new_q) & (root_v != new_root_v)
+    return torch.stack([each.sum() for each in (new_q == 255, new_q == 1, stalled, new_r == 0)]).float()
 
 
 def skips(factors: Tensor | None) -> bool:
     return factors is not None and bool((factors == SKIP).any())
-
-
-def _sampled(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, list[Span]]:
-    """Where in a run the elements are that are looked at, and the spans of these."""
-    places, found, begin = [], [], 0
-    for span in spans:
-        places.append(torch.arange(begin, begin + span.numel, SAMPLED, device=device))
-        found.append(Span(span.tensor, len(places[-1]), 0))
-        begin += span.numel
-    return torch.cat(places), found
