@@ -19,9 +19,9 @@ _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A range of that name, if a profiler of torch's looks at this thread: in its trace, and an NVTX range under
-    ``torch.autograd.profiler.emit_nvtx()``, for Nsight. It is the host's time, in which work is queued; what
-    is queued in it, torch's profiler shows below it."""
+    """A range of that name, if a profiler of torch's looks at this thread: in its trace, and an NVTX range
+    under ``torch.autograd.profiler.emit_nvtx()``, for Nsight. It is the host's time, in which work is queued;
+    what is queued in it, torch's profiler shows below it."""
     return record_function(name) if _profiler_enabled() else _NOTHING
 
 
@@ -30,7 +30,8 @@ def allocated_as(name: str) -> Iterator[None]:
     """Blocks of a GPU's memory that are allocated in here have that name in torch's memory snapshots
     (``torch.cuda.memory._dump_snapshot``), where its release can give names."""
     memory = torch.cuda.memory
-    if not (hasattr(memory, "_set_memory_metadata") and torch.cuda.is_initialized()):
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not (in_use and hasattr(memory, "_set_memory_metadata")):
         yield
         return
     before = memory._get_memory_metadata()
