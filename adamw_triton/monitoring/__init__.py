@@ -1,7 +1,8 @@
 """Where people look at what steps did. ``optimizer.stats()`` of an ``AdamW(telemetry=10)`` is a flat dict of
-floats, which ``SummaryWriter.add_scalar``, ``wandb.log`` and ``mlflow.log_metrics`` take as it is. Here is the rest:
+floats; ``SummaryWriter.add_scalar``, ``wandb.log`` and ``mlflow.log_metrics`` take it as it is. Here is
+the rest:
 
-- ``start_http_server(optimizer, 9400)``: an endpoint for Prometheus; ``Collector`` for a registry of one's own
+- ``start_http_server(optimizer, 9400)``: an endpoint for Prometheus; ``Collector`` for one's own registry
 - ``JsonLines(path)``: a line for each dict; ``read_json_lines`` reads them back
 - ``grouped(stats)``: names by which boards put what belongs together side by side
 - ``monitoring.plots``: norms and ratios by layer; ``monitoring.lightning``: a callback for Lightning

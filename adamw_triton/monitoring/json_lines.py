@@ -25,7 +25,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         # Line by line: what another process reads, and a crash leaves, are whole lines.
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._step: float | None = None
 
     def write(self, stats: Mapping[str, float], **more: float) -> None:
@@ -63,7 +63,9 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         try:
             read = {key: math.nan if value is None else float(value) for key, value in _object(line).items()}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"line {number} of {os.fspath(path)} is no JSON object of numbers: {error}") from error
+            raise ValueError(
+                f"line {number} of {os.fspath(path)} is no JSON object of numbers: {error}"
+            ) from error
         found.append(read)
     return found
 

@@ -80,7 +80,7 @@ METRICS = (*TOTALS.values(), *OF_PARAMETERS.values(), LEARNING_RATE, MEMORY, SKI
 
 
 def grouped(stats: Mapping[str, float], group: str = GROUP) -> dict[str, float]:
-    """``stats()`` with keys by which TensorBoard, Weights & Biases and MLflow group: ``optim/grad_norm`` of all
-    parameters, ``optim_grad_norm/<name>`` of one. None is a folder of another: MLflow keeps a file for each
-    key, and in the same folder there is no place for a file ``grad_norm`` and a folder ``grad_norm/``."""
+    """``stats()`` with keys by which TensorBoard, Weights & Biases and MLflow group: ``optim/grad_norm`` of
+    all parameters, ``optim_grad_norm/<name>`` of one. None is a folder of another: MLflow's file store
+    makes a file of each key, and has no place for ``grad_norm`` beside ``grad_norm/<name>``."""
     return {f"{group}_{key}" if "/" in key else f"{group}/{key}": value for key, value in stats.items()}

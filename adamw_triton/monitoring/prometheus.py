@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -50,8 +49,9 @@ def start_http_server(
 ) -> tuple[WSGIServer, Thread]:
     """Serve ``http://addr:port/metrics`` from a thread of its own, for one optimizer.
 
-    A scrape waits for no step: it gets the newest numbers that have arrived. The optimizer is not kept
-    alive; without it, the endpoint is empty.
+    Training waits for no scrape. A scrape gets the newest statistics that have arrived; only how many steps
+    were skipped, with ``nonfinite="skip"``, it waits for. The optimizer is not kept alive; without it, the
+    endpoint is empty. Capture CUDA graphs with ``capture_error_mode="thread_local"`` beside it.
 
     Args:
         optimizer: with ``telemetry``; without, there are only memory, learning rates, skipped steps, spills.
@@ -71,9 +71,7 @@ def start_http_server(
     """
     client = _client()
     registry = client.CollectorRegistry()
-    registry.register(
-        Collector(optimizer, model=model, per_param=per_param, most_parameters=most_parameters)
-    )
+    registry.register(Collector(optimizer, model=model, per_param=per_param, most_parameters=most_parameters))
     server: WSGIServer
     thread: Thread
     server, thread = client.start_http_server(port, addr, registry)
@@ -82,8 +80,8 @@ def start_http_server(
 
 class Collector:
     """For a registry of prometheus_client, where a process has one already:
-    ``prometheus_client.REGISTRY.register(Collector(optimizer))``. One optimizer for each registry. The arguments
-    are those of ``start_http_server``.
+    ``prometheus_client.REGISTRY.register(Collector(optimizer))``. A registry takes one optimizer. The
+    arguments are those of ``start_http_server``.
     """
 
     def __init__(

@@ -391,7 +391,7 @@ class Store:
 
     def memory(self) -> dict[str, int]:
         """Bytes by place, and by format; those of exact weights apart."""
-        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in self._pagers.values())}
+        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in list(self._pagers.values()))}
         formats: dict[str, int] = defaultdict(int)
         for buffer in self.buffers:
             on_gpu = not buffer.on_host and buffer.device.type != "cpu"
