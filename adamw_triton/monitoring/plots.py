@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -119,15 +120,17 @@ def _rows(history: History) -> list[Mapping[str, float]]:
 
 def _norms(rows: Sequence[Mapping[str, float]], metric: str) -> dict[str, list[float]]:
     """Of each layer."""
-    squares: dict[str, list[float]] = {}
+    squares: dict[str, dict[int, float]] = defaultdict(dict)
     for at, row in enumerate(rows):
         for key, value in row.items():
             kind, _, name = key.partition("/")
             if name and kind == metric:
-                of_layer = squares.setdefault(layer_of(name), [math.nan] * len(rows))
-                known = 0.0 if math.isnan(of_layer[at]) else of_layer[at]
-                of_layer[at] = known + value * value
-    return {layer: [math.sqrt(each) for each in found] for layer, found in squares.items()}
+                of_layer = squares[layer_of(name)]
+                of_layer[at] = of_layer.get(at, 0.0) + value * value
+    return {
+        layer: [math.sqrt(found.get(at, math.nan)) for at in range(len(rows))]
+        for layer, found in squares.items()
+    }
 
 
 def _ratio(part: float, whole: float) -> float:
