@@ -50,7 +50,7 @@ def by_layer(history: History, metric: str) -> tuple[list[float], dict[str, list
             that of these.
 
     Returns:
-        Steps, and of each layer, in the model's order, a value for each step: NaN where it had no gradient.
+        Steps, and of each layer, as they come, a value for each step: NaN where it had no gradient.
 
     Raises:
         ValueError: another metric; or there is nothing about single parameters.
