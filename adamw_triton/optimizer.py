@@ -156,6 +156,7 @@ class AdamW(torch.optim.Optimizer):
     accumulate_on: str = "gpu"
     accumulate_dtype: torch.dtype | None = None
     telemetry: bool | int = False
+    _spills: int = 0
     _release: Release | None = None
     _places: Reservations
     _whole: WholeSteps
@@ -257,6 +258,11 @@ class AdamW(torch.optim.Optimizer):
         """By ``nonfinite="skip"`` since this optimizer was made; state dicts do not have it. Waits for the
         last step."""
         return self._clipping.skipped
+
+    @property
+    def spills(self) -> int:
+        """How often memory ran short and state was moved to the host, since this optimizer was made."""
+        return self._spills
 
     def stats(
         self, *, per_param: bool = False, wait: bool = True, model: torch.nn.Module | None = None
@@ -626,7 +632,9 @@ class AdamW(torch.optim.Optimizer):
         """Take so many bytes of state off a GPU; how many it were. If backward runs out of memory, its thread
         calls this while the user's waits for it."""
         with torch.no_grad():
-            return self._places.spill(device, nbytes, self.param_groups, self.state)
+            moved = self._places.spill(device, nbytes, self.param_groups, self.state)
+        self._spills += moved > 0
+        return moved
 
     def _unspill(self, device: torch.device, room: int) -> int:
         """Take some of it back, if that needs no more than ``room`` bytes; how many it were."""

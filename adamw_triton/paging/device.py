@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adamw_triton.memory import pinned
 from adamw_triton.memory.lasting import lasting
+from adamw_triton.telemetry.spans import STAGING, allocated_as
 
 Event = Any
 """A point in a stream; made by ``record``."""
@@ -108,7 +109,8 @@ class CudaDevice:
 
     @lasting()
     def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+        with allocated_as(STAGING):
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()

@@ -28,6 +28,7 @@ from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
 from adamw_triton.state.buffers import Buffer, Page
 from adamw_triton.state.formats import round_up
 from adamw_triton.state.placement import CARVED, SMALLEST_BUDGET, Ring
+from adamw_triton.telemetry.spans import PAGE_IN, PAGE_OUT, UPDATE, span
 
 Arrays = Mapping[str, Tensor]
 Work = Sequence[tuple[Page, Callable[[Arrays], None]]]
@@ -184,8 +185,9 @@ class Pager:
         stage.page, stage.left = page, None
         arrays = page.arrays()
         staged = carve(stage.memory, arrays)
-        for name in arrays:
-            inbound.copy(staged[name], arrays[name])
+        with span(PAGE_IN):
+            for name in arrays:
+                inbound.copy(staged[name], arrays[name])
         return stage, inbound.record()
 
     def _copying(self, work: Work, stop: Callable[[], bool], back: bool) -> None:
@@ -202,10 +204,12 @@ class Pager:
             arrays = page.arrays()
             staged = carve(stage.memory, arrays)
             updates.wait(there)
-            updates.run(partial(update, staged))
+            with span(UPDATE):
+                updates.run(partial(update, staged))
             outbound.wait(updates.record())
-            for name in arrays if back else ():
-                outbound.copy(arrays[name], staged[name])
+            with span(PAGE_OUT):
+                for name in arrays if back else ():
+                    outbound.copy(arrays[name], staged[name])
             self._last = stage.left = outbound.record()
 
     def _in_place(self, work: Work) -> None:
@@ -214,7 +218,8 @@ class Pager:
         if self._last is not None:
             updates.wait(self._last)
         for page, update in work:
-            updates.run(partial(update, page.arrays()))
+            with span(UPDATE):
+                updates.run(partial(update, page.arrays()))
         self._last = self._in_place_until = updates.record()
 
     def _allocate(self, ring: Ring) -> list[Stage]:

@@ -43,6 +43,7 @@ from adamw_triton.state.placement import (
     ring_for,
 )
 from adamw_triton.state.shards import local
+from adamw_triton.telemetry.spans import UPDATE, span
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -195,7 +196,8 @@ class Store:
         """
         for page, update in work:
             if not page.buffer.paged:
-                update(page.buffer.arrays)
+                with span(UPDATE):
+                    update(page.buffer.arrays)
         for device, pages in by_device(work).items():
             self._pagers[device].walk(pages, stop, reads)
 
@@ -389,7 +391,7 @@ class Store:
 
     def memory(self) -> dict[str, int]:
         """Bytes by place, and by format; those of exact weights apart."""
-        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in self._pagers.values())}
+        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in list(self._pagers.values()))}
         formats: dict[str, int] = defaultdict(int)
         for buffer in self.buffers:
             on_gpu = not buffer.on_host and buffer.device.type != "cpu"

@@ -98,7 +98,7 @@ class Sums:
     @property
     def staging_bytes(self) -> int:
         """On all GPUs."""
-        return sum(pager.staging_bytes for pager in self._pagers.values())
+        return sum(pager.staging_bytes for pager in list(self._pagers.values()))
 
     def to_come(self, groups: Groups) -> dict[torch.device, SumBytes]:
         """What they will take yet, for the parameters of each device."""

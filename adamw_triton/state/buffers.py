@@ -19,6 +19,7 @@ from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.pinned import host_bytes
 from adamw_triton.state.formats import Arranged, Format, as_real, nbytes, round_up
 from adamw_triton.state.shards import any_shard, first_index, is_shard, like, local, rows_of_blocks
+from adamw_triton.telemetry.spans import STATE, allocated_as
 from adamw_triton_kernels.work import REMAINDER
 
 _log = logging.getLogger("adamw_triton")
@@ -245,10 +246,11 @@ class Buffer:
                 array.name: host_bytes(size * array.dtype.itemsize, self.device).view(array.dtype)
                 for array, size in sizes.items()
             }
-        return {
-            array.name: torch.zeros(size, dtype=array.dtype, device=self.device)
-            for array, size in sizes.items()
-        }
+        with allocated_as(STATE):
+            return {
+                array.name: torch.zeros(size, dtype=array.dtype, device=self.device)
+                for array, size in sizes.items()
+            }
 
 
 class StateBuffer(Buffer):

@@ -32,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
 from adamw_triton.step.buckets import Buckets, shared_out
+from adamw_triton.telemetry.spans import RELEASE, span
 from adamw_triton_kernels.tables import stream_of
 
 _log = logging.getLogger("adamw_triton")
@@ -227,7 +228,7 @@ class Release:
             return
         following = self._note_order(params)
         with DeferredInterrupt():  # what has been stepped is said to be, whatever comes
-            with torch.no_grad():
+            with torch.no_grad(), span(RELEASE):
                 update(params, not self._ahead, following)
             for param in params:
                 param.grad = None

@@ -68,8 +68,9 @@ class _Arriving:
         self._found: Observed | None = None
 
     def arrived(self, wait: bool) -> Observed | None:
-        if self._found is None and all(_is_here(event, wait) for _, event in self._tables):
-            rows = torch.cat([table.double().cpu() for table, _ in self._tables])
+        tables = self._tables  # before `_found`: of another thread that has it by now, they are gone
+        if self._found is None and all(_is_here(event, wait) for _, event in tables):
+            rows = torch.cat([table.double().cpu() for table, _ in tables])
             self._found = Observed(self._step, self._tensors, rows[:, :WIDTH], rows[:, WIDTH:], self._idle)
             self._tables = []
         return self._found
@@ -144,8 +145,8 @@ class Statistics:
         self._left = []
 
     def history(self, wait: bool = True) -> list[Observed]:
-        """Of the last steps that were looked at, the newest last."""
-        found = [each.arrived(wait) for each in self._known]
+        """Of the last steps that were looked at, the newest last. Any thread may ask."""
+        found = [each.arrived(wait) for each in list(self._known)]
         return [each for each in found if each is not None]
 
 

@@ -114,7 +114,9 @@ def test_one_failure_of_anybody_does_not_spill_for_good(
     caplog.set_level(logging.WARNING, logger="adamw_triton")
     loop = loop_on(monkeypatch)
     loop.run(2, lambda step: 15 * MiB)
+    assert loop.optimizer.spills == 0
     loop.simulated.tell(30 * MiB)  # somebody's, caught
+    assert loop.optimizer.spills == 1
     spilled = loop.simulated.state
     loop.run(2, lambda step: 15 * MiB)
     assert max(loop.states[2:]) <= spilled + 3 * 64 * KiB < loop.states[0]
