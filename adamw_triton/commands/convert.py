@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adamw_triton.commands import fail
+from adamw_triton.installing import missing
 
 # The extra "convert" of pyproject.toml.
 PACKAGES = ("rich", "safetensors", "numpy")
@@ -53,7 +54,7 @@ def convert(arguments: argparse.Namespace) -> int:
         package = str(error.name).partition(".")[0]
         if package not in PACKAGES:
             raise
-        return fail("convert", f'the package {package} is missing: pip install "adamw-triton[convert]"')
+        return fail("convert", missing(package, "convert"))
     except (CheckpointError, OSError, MemoryError) as error:
         return fail("convert", str(error) or type(error).__name__)
     return 0

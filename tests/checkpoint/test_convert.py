@@ -19,6 +19,7 @@ from adamw_triton import AdamW
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.conversion import FORMS, convert
 from adamw_triton.cli import main
+from adamw_triton.installing import missing
 from tests.checkpoint import release_0
 from tests.checkpoint.crash import IN_MEMORY
 from tests.checkpoint.sources import HYPER, SOURCES, meaning, trained
@@ -299,7 +300,7 @@ def test_a_missing_package_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     said = refused(tmp_path / "in.safetensors", tmp_path / "out.pt", capsys)
-    assert f'the package {package} is missing: pip install "adamw-triton[convert]"' in said
+    assert missing(package, "convert") in said
 
 
 # --- Memory -----------------------------------------------------------------------------------------------

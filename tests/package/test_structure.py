@@ -25,7 +25,7 @@ ROOMS = [
     {"paging"},
     {"state"},
     {"memory"},
-    {"models", "interrupts", "_version"},
+    {"models", "interrupts", "installing", "_version"},
 ]
 KERNEL_ROOMS = [
     {"ahead"},
