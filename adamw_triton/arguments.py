@@ -211,8 +211,16 @@ def check_group(group: dict[str, Any], default_bits: int, capturable: bool = Fal
     try:
         _check_hyperparameters(group, default_bits, capturable)
     except (TypeError, RuntimeError) as error:  # of whatever cannot be compared with numbers
-        given = ", ".join(f"{key}={group[key]!r:.60}" for key in ("lr", "betas", "eps", "weight_decay"))
-        raise TypeError(f"hyperparameters must be numbers, got {given}: {error}") from error
+        given = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        wrong = {key: value for key, value in given.items() if not _is_numeric(value, key == "betas")}
+        said = ", ".join(f"{key}={value!r:.60}" for key, value in (wrong or given).items())
+        raise TypeError(f"hyperparameters must be numbers (betas two), got {said}") from error
+
+
+def _is_numeric(value: object, is_pair: bool) -> bool:
+    if not is_pair:
+        return value.numel() == 1 if isinstance(value, Tensor) else as_number(value) is not None
+    return isinstance(value, tuple | list) and all(_is_numeric(each, False) for each in value)
 
 
 def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PUBLISHED = False
-"""Whether a package index has adamw-triton. tests/package/test_installing.py finds the lines that follow it."""
+"""Whether a package index has adamw-triton. tests/package/test_installing.py finds what follows it."""
 
 
 def command(extra: str) -> str:

@@ -45,7 +45,7 @@ from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Adding, Release
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
-from adamw_triton.tensors import check_new_param, name_of, named
+from adamw_triton.tensors import check_new_param, check_params, name_of, named
 from adamw_triton_kernels import tables
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
@@ -222,7 +222,16 @@ class AdamW(torch.optim.Optimizer):
             "state_bits": None,
         }
         check_group(defaults, how.bits)
+        check_params(params)
         super().__init__(params, defaults)
+
+    def __repr__(self) -> str:
+        """torch's, and the variant, with what ``"auto"`` follows."""
+        head, _, groups = super().__repr__().partition("\n")
+        followed = "" if self._chooser.decided else " (decides at the first step)"
+        if self.plan is not None:
+            followed = f" ({self.plan.followed.label})"
+        return f"{head}\nvariant: {self.variant}{followed}\n{groups}"
 
     @property
     def _store(self) -> Store:

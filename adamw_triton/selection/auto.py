@@ -145,8 +145,7 @@ class Auto:
 
     @property
     def _taken(self) -> Candidate | None:
-        """What is followed: if nothing fits, the last resort."""
-        return None if self.plan is None else self.plan.chosen or self.plan.last_resort
+        return None if self.plan is None else self.plan.followed
 
     @property
     def bits(self) -> int:

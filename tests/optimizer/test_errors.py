@@ -189,13 +189,13 @@ def test_a_parameter_that_changed_its_shape_keeps_its_state_until_told() -> None
     "wrong", [{"lr": "x"}, {"lr": None}, {"betas": None}, {"eps": None}, {"eps": torch.ones(2)}], ids=str
 )
 def test_hyperparameters_that_are_no_numbers_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"hyperparameters must be numbers, got lr="):
+    with pytest.raises(TypeError, match=f"must be numbers .*, got {next(iter(wrong))}="):
         AdamW([Parameter(torch.ones(3))], **wrong)
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     optimizer = AdamW([param])
     optimizer.param_groups[0].update(wrong)
-    with pytest.raises(TypeError, match=r"hyperparameters must be numbers, got lr="):
+    with pytest.raises(TypeError, match=f"must be numbers .*, got {next(iter(wrong))}="):
         optimizer.step()
     assert torch.equal(param, torch.ones(3))
 
