@@ -10,12 +10,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adamw_triton.choices import ACCUMULATE_ON, PREFERENCES, SHARDINGS
 from adamw_triton.commands import fail
 from adamw_triton.memory.units import format_bytes, parse_bytes
 from adamw_triton.models import Model, read_model, sketches
 from adamw_triton.models.sketch import LARGEST
 from adamw_triton.selection.cards import parse_gpu
-from adamw_triton.selection.share import SHARDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
-ACCUMULATE_ON = ("gpu", "host")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 FEWEST = 1000
 """Parameters; whoever writes fewer has left out a unit."""
@@ -183,7 +182,7 @@ def check(arguments: argparse.Namespace) -> Question:
         ("--accumulate-dtype", arguments.accumulate_dtype, (None, "fp32")),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--sharding", arguments.sharding, SHARDINGS),
-        ("--prefer", arguments.prefer, ("speed", "exact")),
+        ("--prefer", arguments.prefer, PREFERENCES),
         ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),
     ):
         if value not in allowed:

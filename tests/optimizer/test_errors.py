@@ -32,6 +32,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight_decay": math.inf}, ValueError, "weight_decay value: inf"),
     ({"variant": "16bit"}, ValueError, "'16bit'.*'32bit', '8bit'"),
     ({"variant": None}, ValueError, "Invalid variant: None"),
+    ({"prefer": "accuracy"}, ValueError, "Invalid prefer: 'accuracy'; it must be one of 'speed', 'exact'"),
+    ({"prefer": "exact", "variant": "8bit"}, ValueError, "prefer='exact' needs variant='auto'"),
     ({"variant": "8bit", "block_size": 64}, ValueError, "block_size: 64.*128 or 256"),
     ({"variant": "8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),
     ({"variant": "paged_8bit", "amsgrad": True}, ValueError, "amsgrad.*state_bits=32"),

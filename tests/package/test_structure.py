@@ -25,7 +25,7 @@ ROOMS = [
     {"paging"},
     {"state"},
     {"memory"},
-    {"models", "interrupts", "installing", "_version"},
+    {"models", "interrupts", "installing", "choices", "_version"},
 ]
 KERNEL_ROOMS = [
     {"ahead"},
