@@ -470,7 +470,7 @@ def test_a_budget_holds_for_the_sums_staging_too() -> None:
     ("arguments", "message"),
     [
         ({"gradient_release": False}, r"accumulate_on='host' needs gradient_release=True"),
-        ({"accumulate_on": "disk"}, r"Invalid accumulate_on: 'disk'; it must be 'gpu' or 'host'"),
+        ({"accumulate_on": "disk"}, r"Invalid accumulate_on: 'disk'; it must be one of 'gpu', 'host'"),
         ({"accumulate_on": None}, "Invalid accumulate_on: None"),
         ({"accumulate_dtype": torch.bfloat16}, r"Invalid accumulate_dtype: torch\.bfloat16; .*float32"),
         ({"accumulate_dtype": "float32"}, r"Invalid accumulate_dtype: 'float32'"),
