@@ -10,7 +10,7 @@ from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.table import Table
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
 
 
 _SUFFIXES = {"nearest": "", "stochastic": ", stochastic rounding", "exact": ", exact weights"}
@@ -183,8 +183,8 @@ class Plan:
 
     __repr__ = __str__
 
-    def __rich__(self) -> Group:
-        return self._table().rich()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
+        yield self._table().rich(options.max_width)
 
     def _repr_html_(self) -> str:
         return self._table().html()
