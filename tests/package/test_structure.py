@@ -14,7 +14,7 @@ ROOMS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "fits"},
     {"huggingface", "architectures"},
     {"trainer_arguments"},
     {"__init__"},

@@ -47,7 +47,7 @@ def test_rich_prints_it_as_wide_as_the_terminal(width: int) -> None:
         console.print(plan)
         lines = console.file.getvalue().splitlines()
         assert max(map(len, lines)) <= max(width, 67), "the columns of the table do not wrap"
-        (row,) = [line for line in lines if line[2:].startswith(" 8bit, paged ")]
+        (row,) = [line for line in lines if line.lstrip("→ ").startswith("8bit, paged ")]
         assert width < 200 or row.endswith(tuple(map(plan.reason, plan.candidates)))
 
 
