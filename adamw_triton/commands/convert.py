@@ -30,13 +30,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "a state_dict that torch.save wrote, or a .safetensors file of ours; a folder for --to master"
     )
     parser.add_argument("source", metavar="IN", type=Path, help=source_help)
-    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file if it is called so")
+    parser.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="a .safetensors file, or torch.save's: .pt, .pth, .bin, .ckpt",
+    )
+    parser.add_argument("--force", action="store_true", help="write over OUT, if it is there")
     explained = "; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
     parser.add_argument("--to", required=True, choices=tuple(FORMS), help=explained)
 
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
+    if arguments.target.is_file() and not arguments.force:
+        return fail("convert", f"{arguments.target} is there already: give --force to write over it")
     from adamw_triton import architectures
     from adamw_triton.checkpoint import conversion, exporting
     from adamw_triton.checkpoint.files import CheckpointError
