@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from adamw_triton._version import __version__
-from adamw_triton.commands import convert, doctor, fail, plan
+from adamw_triton.commands import bug_report, convert, doctor, fail, plan
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
 from adamw_triton.installing import missing
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add(commands)
     doctor.add(commands)
     convert.add(commands)
+    bug_report.add(commands)
     return parser
 
 
