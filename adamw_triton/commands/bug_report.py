@@ -1,4 +1,4 @@
-"""`adamw-triton bug-report`: what a report of a fault should contain, and what of it this machine can tell."""
+"""`adamw-triton bug-report`: what a report of a fault needs, and what of it this machine can tell."""
 
 from __future__ import annotations
 
