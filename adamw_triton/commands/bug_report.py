@@ -62,9 +62,8 @@ def here() -> Iterator[str]:
     yield f"adamw_triton {__version__}, Python {platform.python_version()}, {platform.platform()}"
     versions = {package: _version(package) for package in PACKAGES}
     yield ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    yield (
-        ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "no variables"
-    )
+    found = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    yield ", ".join(found) or "none of the variables that matter is set"
 
 
 def _version(package: str) -> str | None:
