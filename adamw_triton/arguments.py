@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adamw_triton.choices import ACCUMULATE_ON, NONFINITE, PREFERENCES, TRANSFERS, check_word
 from adamw_triton.memory.units import format_bytes, parse_bytes
-from adamw_triton.paging.transfer import TRANSFERS
 from adamw_triton.state.placement import SMALLEST_BUDGET, check_budget
 from adamw_triton_kernels import tables
 
@@ -37,20 +37,15 @@ VARIANTS = {
 BLOCK_SIZES = (128, 256)
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "state_bits")
 OF_THE_OPTIMIZER = (
-    "variant", "memory_budget", "transfer", "block_size", "master_weights", "stochastic_rounding",
+    "variant", "memory_budget", "prefer", "transfer", "block_size", "master_weights", "stochastic_rounding",
     "max_grad_norm", "adaptive_clip", "nonfinite", "gradient_release", "accumulate_on", "accumulate_dtype",
     "telemetry",
 )  # fmt: skip
 _OF_ALL_GRADIENTS = ("max_grad_norm", "nonfinite")
-NONFINITE = ("propagate", "skip", "raise")
-"""What becomes of a step whose gradients are not all finite."""
-ACCUMULATE_ON = ("gpu", "host")
-"""Where the gradients of micro-batches add up."""
 
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
-    if not isinstance(variant, str) or variant not in VARIANTS:
-        raise ValueError(f"Invalid variant: {variant!r}; it must be one of {', '.join(map(repr, VARIANTS))}")
+    check_word("variant", variant, tuple(VARIANTS))
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     found = VARIANTS[str(variant)]
@@ -72,6 +67,12 @@ def check_telemetry(telemetry: object) -> int:
             "from 1 on for every N-th"
         )
     return telemetry
+
+
+def check_prefer(prefer: object, variant: str) -> None:
+    check_word("prefer", prefer, PREFERENCES)
+    if prefer != PREFERENCES[0] and not VARIANTS[variant].chosen:
+        raise ValueError(f"prefer={prefer!r} needs variant='auto': variant={variant!r} leaves no choice")
 
 
 def check_implementation(fused: object, foreach: object, differentiable: object) -> None:
@@ -117,8 +118,7 @@ def check_clipping(max_grad_norm: Any, adaptive_clip: Any, nonfinite: object, ca
             f"Invalid adaptive_clip: {adaptive_clip!r}; it must be a finite number >= 1 (below, each step "
             "would shrink the average it is measured by), or None: no clipping"
         )
-    if not isinstance(nonfinite, str) or nonfinite not in NONFINITE:
-        raise ValueError(f"Invalid nonfinite: {nonfinite!r}; it must be one of {', '.join(NONFINITE)}")
+    check_word("nonfinite", nonfinite, NONFINITE)
     if capturable and nonfinite == "raise":
         raise ValueError(
             "nonfinite='raise' has the host look at the gradients, which it cannot at the replays of a CUDA "
@@ -150,10 +150,7 @@ def check_accumulation(
     accumulate_on: object, accumulate_dtype: object, gradient_release: bool, budget: int | None = None
 ) -> None:
     """``budget``: bytes of ``memory_budget``."""
-    if not isinstance(accumulate_on, str) or accumulate_on not in ACCUMULATE_ON:
-        raise ValueError(
-            f"Invalid accumulate_on: {accumulate_on!r}; it must be {' or '.join(map(repr, ACCUMULATE_ON))}"
-        )
+    check_word("accumulate_on", accumulate_on, ACCUMULATE_ON)
     if accumulate_dtype not in (None, torch.float32):
         raise ValueError(
             f"Invalid accumulate_dtype: {accumulate_dtype!r}; it must be None, for sums in the gradients' "
@@ -199,10 +196,7 @@ def as_number(value: object) -> float | None:
 
 def check_paging(variant: str, memory_budget: object, transfer: object) -> int | None:
     """The budget in bytes; None for none."""
-    if transfer not in TRANSFERS:
-        raise ValueError(
-            f"Invalid transfer: {transfer!r}; it must be one of {', '.join(map(repr, TRANSFERS))}"
-        )
+    check_word("transfer", transfer, TRANSFERS)
     pages = VARIANTS[variant].paged or VARIANTS[variant].chosen
     for name, value, default in (("memory_budget", memory_budget, None), ("transfer", transfer, "auto")):
         if value != default and not pages:
@@ -224,8 +218,16 @@ def check_group(group: dict[str, Any], default_bits: int, capturable: bool = Fal
     try:
         _check_hyperparameters(group, default_bits, capturable)
     except (TypeError, RuntimeError) as error:  # of whatever cannot be compared with numbers
-        given = ", ".join(f"{key}={group[key]!r:.60}" for key in ("lr", "betas", "eps", "weight_decay"))
-        raise TypeError(f"hyperparameters must be numbers, got {given}: {error}") from error
+        given = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        wrong = {key: value for key, value in given.items() if not _is_numeric(value, key == "betas")}
+        said = ", ".join(f"{key}={value!r:.60}" for key, value in (wrong or given).items())
+        raise TypeError(f"hyperparameters must be numbers (betas two), got {said}") from error
+
+
+def _is_numeric(value: object, is_pair: bool) -> bool:
+    if not is_pair:
+        return value.numel() == 1 if isinstance(value, Tensor) else as_number(value) is not None
+    return isinstance(value, tuple | list) and all(_is_numeric(each, False) for each in value)
 
 
 def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from adamw_triton._version import __version__
-from adamw_triton.commands import convert, doctor, fail, plan
+from adamw_triton.commands import bug_report, convert, doctor, fail, plan
 from adamw_triton.demo import OPTIMIZERS, STEPS, DemoError
+from adamw_triton.installing import missing
 
 INTERRUPTED = 130
 
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add(commands)
     doctor.add(commands)
     convert.add(commands)
+    bug_report.add(commands)
     return parser
 
 
@@ -67,7 +69,7 @@ def demo(arguments: argparse.Namespace) -> int:
         package = str(error.name).partition(".")[0]
         if package not in DEMO_PACKAGES:
             raise
-        return fail("demo", f'the package {package} is missing: pip install "adamw-triton[demo]"')
+        return fail("demo", missing(package, "demo"))
     try:
         run_demo(arguments.steps, arguments.seed, arguments.out, arguments.variants, arguments.device)
     except DemoError as error:

@@ -22,12 +22,14 @@ from adamw_triton.arguments import (
     check_keys,
     check_movable,
     check_paging,
+    check_prefer,
     check_release,
     check_telemetry,
     check_unscaled,
     check_variant,
     check_weights,
 )
+from adamw_triton.choices import AccumulateOn, Auto, Nonfinite, Prefer, StateFormat, Transfer, VariantName
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.memory.units import parse_bytes
@@ -47,7 +49,7 @@ from adamw_triton.step.release import Adding, Release
 from adamw_triton.step.statistics import Statistics
 from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
-from adamw_triton.tensors import check_new_param, model_names, name_of, named
+from adamw_triton.tensors import check_new_param, check_params, model_names, name_of, named
 from adamw_triton_kernels import tables
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
@@ -79,6 +81,8 @@ class AdamW(torch.optim.Optimizer):
         memory_budget: with ``"auto"`` or a paged variant, bytes that state and staging may take on each
             GPU (``"4GiB"`` or an int): what fits stays there, the rest is paged. None: with ``"auto"``
             what is left, else staging alone.
+        prefer: of ``"auto"``: ``"speed"`` goes to 8 bits before it pages, ``"exact"`` pages before it goes
+            to 8 bits.
         transfer: how paged state reaches the kernels: ``"copy"`` by the GPU's copy engines,
             ``"zero_copy"`` read and written in host memory by the kernels themselves, ``"auto"``
             whichever proves faster in the first four steps (with ``gradient_release`` it is ``"copy"``: what
@@ -151,9 +155,10 @@ class AdamW(torch.optim.Optimizer):
     # Of one that was pickled before there were these.
     max_grad_norm: float | None = None
     adaptive_clip: float | None = None
-    nonfinite: str = PROPAGATE
+    prefer: Prefer = "speed"
+    nonfinite: Nonfinite = PROPAGATE
     gradient_release: bool = False
-    accumulate_on: str = "gpu"
+    accumulate_on: AccumulateOn = "gpu"
     accumulate_dtype: torch.dtype | None = None
     telemetry: bool | int = False
     _spills: int = 0
@@ -181,18 +186,19 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         *,
-        variant: str = "auto",
+        variant: VariantName = "auto",
         memory_budget: int | str | None = None,
-        transfer: str = "auto",
+        prefer: Prefer = "speed",
+        transfer: Transfer = "auto",
         block_size: int = 128,
         capturable: bool = False,
-        master_weights: bool | str = "auto",
-        stochastic_rounding: bool | str = "auto",
+        master_weights: bool | Auto = "auto",
+        stochastic_rounding: bool | Auto = "auto",
         max_grad_norm: float | None = None,
         adaptive_clip: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         gradient_release: bool = False,
-        accumulate_on: str = "gpu",
+        accumulate_on: AccumulateOn = "gpu",
         accumulate_dtype: torch.dtype | None = None,
         telemetry: bool | int = False,
         fused: bool | None = None,
@@ -202,6 +208,7 @@ class AdamW(torch.optim.Optimizer):
         check_implementation(fused, foreach, differentiable)
         how = check_variant(variant, block_size, capturable)
         budget = check_paging(variant, memory_budget, transfer)
+        check_prefer(prefer, variant)
         weights = check_weights(variant, master_weights, stochastic_rounding)
         check_clipping(max_grad_norm, adaptive_clip, nonfinite, capturable)
         check_release(gradient_release, max_grad_norm, capturable)
@@ -209,9 +216,10 @@ class AdamW(torch.optim.Optimizer):
         check_telemetry(telemetry)
         if accumulate_on == "host" and budget is not None:
             budget -= STAGES * sum_page(budget)
-        self._chooser = chooser_for(how, budget, block_size, capturable, weights, gradient_release)
+        self._chooser = chooser_for(how, budget, block_size, capturable, weights, gradient_release, prefer)
         self.variant = variant
         self.memory_budget = memory_budget
+        self.prefer = prefer
         self.transfer = transfer
         self.block_size = block_size
         self.capturable = capturable
@@ -235,7 +243,16 @@ class AdamW(torch.optim.Optimizer):
             "state_bits": None,
         }
         check_group(defaults, how.bits)
+        check_params(params)
         super().__init__(params, defaults)
+
+    def __repr__(self) -> str:
+        """torch's, and the variant, with what ``"auto"`` follows."""
+        head, _, groups = super().__repr__().partition("\n")
+        followed = "" if self._chooser.decided else " (decides at the first step)"
+        if self.plan is not None:
+            followed = f" ({self.plan.followed.label})"
+        return f"{head}\nvariant: {self.variant}{followed}\n{groups}"
 
     @property
     def _store(self) -> Store:
@@ -527,7 +544,7 @@ class AdamW(torch.optim.Optimizer):
         exact = {id(each.param) for each in self._places.exact(self.param_groups, self.state)}
         return checkpoint.Masters(self.param_groups, self.state, exact)
 
-    def state_dict(self, *, state_format: str | None = None) -> dict[str, Any]:
+    def state_dict(self, *, state_format: StateFormat | None = None) -> dict[str, Any]:
         """As torch's. Call it between steps. What others keep in ``state`` is part of it, as it is.
 
         Args:

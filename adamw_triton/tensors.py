@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -37,6 +37,22 @@ def check_new_param(param: Tensor, name: str, stochastic: bool) -> None:
     """
     if param.requires_grad and _is_there(param):
         check_param(param, name, stochastic)
+
+
+def check_params(params: object) -> None:
+    """Of what an optimizer is made for. What an iterator gives is seen later, by torch.
+
+    Raises:
+        TypeError: it is a whole model, text, or nothing of which there could be several.
+    """
+    allowed = "params must be parameters, named parameters or groups in a list or from a generator"
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        raise TypeError(f"{allowed}, not a whole {type(params).__name__}: pass its parameters()")
+    if isinstance(params, Mapping):
+        raise TypeError(f"{allowed}, not a mapping of {list(params)!r:.60}: pass [group], or values()")
+    if isinstance(params, str) or not isinstance(params, Iterable):
+        called = ": call it" if callable(params) else ""
+        raise TypeError(f"{allowed}, not {params!r:.60}{called}")
 
 
 def check_param(param: Tensor, name: str, stochastic: bool) -> None:

@@ -106,11 +106,11 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     return found
 
 
-def allowed_keys() -> dict[str, tuple[type, ...]]:
+def allowed_keys() -> dict[str, tuple[Any, ...]]:
     """The arguments of AdamW that ``optim_args`` may set, each with its types."""
     hints = typing.get_type_hints(AdamW.__init__)
     return {
-        name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        name: typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
         for name, hint in hints.items()
         if name != "return" and name not in _SET_ELSEWHERE
     }
@@ -132,15 +132,23 @@ def _pairs(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def _typed(key: str, text: str, kinds: tuple[type, ...]) -> Any:
-    """``text`` as the first of ``kinds`` that it can be, text itself last."""
-    for kind in sorted(kinds, key=_STRICTEST_FIRST.index):
+def _typed(key: str, text: str, kinds: tuple[Any, ...]) -> Any:
+    """``text`` as the first of ``kinds`` that it can be, one of some words next to last, any text last."""
+    for kind in sorted(kinds, key=lambda kind: _STRICTEST_FIRST.index(_kind(kind))):
         try:
-            return _READERS[kind](text)
+            return _READERS[_kind(kind)](text, *typing.get_args(kind))
         except (KeyError, ValueError):
             continue
-    allowed = " or ".join(_EXPECTED[kind] for kind in kinds)
+    allowed = " or ".join(each for kind in kinds for each in typing.get_args(kind) or (_EXPECTED[kind],))
     raise ValueError(f"optim_args: {key}={text} is invalid; {key} must be {allowed}")
+
+
+def _kind(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _word(text: str, *allowed: str) -> str:
+    return {word: word for word in allowed}[text]
 
 
 def _dtype(text: str) -> torch.dtype:
@@ -150,12 +158,14 @@ def _dtype(text: str) -> torch.dtype:
     return found
 
 
-_READERS: dict[type, Any] = {
+_UNIONS = (typing.Union, types.UnionType)
+_READERS: dict[Any, Any] = {
     types.NoneType: lambda text: {"none": None}[text.lower()],
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,
     float: float,
     torch.dtype: _dtype,
+    typing.Literal: _word,
     str: str,
 }
 _STRICTEST_FIRST = list(_READERS)

@@ -11,7 +11,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bench.commands import COMMANDS, PROOFS, SUITES, home, usage
+from adamw_triton.installing import missing
+from bench.commands import COMMANDS, PACKAGES, PROOFS, SUITES, home, usage
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,13 +21,19 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    if argv[0].startswith("-"):
-        return int(importlib.import_module("bench.every").main(argv))
     name, *options = argv
-    if name not in SUITES | PROOFS | COMMANDS:
+    if not name.startswith("-") and name not in SUITES | PROOFS | COMMANDS:
         print(f"no suite is called {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(home(name)).main(options))
+    module, options = ("bench.every", [name, *options]) if name.startswith("-") else (home(name), options)
+    try:
+        return int(importlib.import_module(module).main(options))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        print(f"bench {name}: {missing(package, 'bench')}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

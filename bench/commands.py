@@ -34,6 +34,13 @@ COMMANDS = {
 }
 
 
+PACKAGES = (
+    "adamw_triton_kernels", "bitsandbytes", "flashoptim", "matplotlib", "numpy", "optimi", "rich", "torch",
+    "torchao", "transformers",
+)  # fmt: skip
+"""What the extra "bench" of pyproject.toml brings, as it is imported."""
+
+
 def usage() -> str:
     """The list of suites, for a terminal."""
     lines = [f"  {name:<12} {about}" for name, about in (SUITES | PROOFS | COMMANDS).items()]

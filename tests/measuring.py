@@ -1,10 +1,11 @@
-"""Scripts that measure their own memory, each in a process of its own."""
+"""What takes memory: scripts that measure their own, each in a process of its own; buffers for staging."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from typing import Any
 
 
 def printed(script: str, *arguments: object) -> str:
@@ -20,3 +21,10 @@ def printed(script: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def staging(optimizer: Any) -> int:
+    """Bytes that pages pass through; of CPU tensors too, where ``memory()`` calls them none of a GPU's."""
+    sums = optimizer._places.sums
+    pagers = [*optimizer._store._pagers.values(), *([] if sums is None else sums._pagers.values())]
+    return sum(pager.staging_bytes for pager in pagers)

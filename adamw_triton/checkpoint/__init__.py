@@ -10,10 +10,9 @@ from adamw_triton.checkpoint.arrivals import Arrival, prepare
 from adamw_triton.checkpoint.entries import has_state, others_of
 from adamw_triton.checkpoint.loading import Reader, check_form, unbox
 from adamw_triton.checkpoint.masters import Masters
-from adamw_triton.checkpoint.saving import STATE_FORMATS, Writer, cut
+from adamw_triton.checkpoint.saving import Writer, cut
 
 __all__ = [
-    "STATE_FORMATS",
     "Arrival",
     "Masters",
     "Reader",

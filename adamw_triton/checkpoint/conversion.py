@@ -70,6 +70,11 @@ def convert(source: Path, target: Path, to: str, track: Track = iter) -> str:
         CheckpointError: what is wrong with the file, and with which parameter.
         OSError: a file cannot be read or written.
     """
+    if target.suffix not in files.ENDINGS:
+        raise CheckpointError(
+            f"{target} has {f'the ending {target.suffix}' if target.suffix else 'no ending'}, and what is "
+            f"written tells itself by one: {', '.join(files.ENDINGS)}"
+        )
     if not target.parent.is_dir():
         raise CheckpointError(f"there is no folder {str(target.parent)!r} to write {target.name} into")
     form = FORMS[to]

@@ -21,6 +21,8 @@ from torch import Tensor
 from adamw_triton.state.formats import is_dense
 
 SAFETENSORS = ".safetensors"
+ENDINGS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
+"""Of what is written; all others than the first are torch.save's."""
 
 _METADATA = "adamw_triton"
 _LARGE = 1 << 20  # bytes; smaller decoded tensors are not worth a file

@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from adamw_triton.checkpoint.entries import GATHERED, Entry, has_state, others_of
 from adamw_triton.checkpoint.parts import as_bytes, put_together, read_part
+from adamw_triton.choices import STATE_FORMATS, check_word
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.shards import is_shard
 from adamw_triton.tensors import is_flattened, named
@@ -29,7 +30,6 @@ VERSION_KEY = "adamw_triton_version"
 """Beside "state" and "param_groups", where torch's loader and whoever rebuilds the dict pass it over. Parts
 name themselves, so a state_dict without it is read as well."""
 VERSION = 1
-STATE_FORMATS = ("native", "portable")
 
 _log = logging.getLogger("adamw_triton")
 
@@ -48,9 +48,8 @@ class Writer:
     """By id of their parameter."""
 
     def __post_init__(self) -> None:
-        if self.state_format is not None and self.state_format not in STATE_FORMATS:
-            allowed = " or ".join(map(repr, STATE_FORMATS))
-            raise ValueError(f"Invalid state_format: {self.state_format!r}; it must be {allowed}")
+        if self.state_format is not None:
+            check_word("state_format", self.state_format, STATE_FORMATS)
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         params = named(optimizer.param_groups)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adamw_triton.commands import fail
+from adamw_triton.installing import missing
 
 # The extra "convert" of pyproject.toml.
 PACKAGES = ("rich", "safetensors", "numpy")
@@ -29,13 +30,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "a state_dict that torch.save wrote, or a .safetensors file of ours; a folder for --to master"
     )
     parser.add_argument("source", metavar="IN", type=Path, help=source_help)
-    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file if it is called so")
+    parser.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="a .safetensors file, or torch.save's: .pt, .pth, .bin, .ckpt",
+    )
+    parser.add_argument("--force", action="store_true", help="write over OUT, if it is there")
     explained = "; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items())
     parser.add_argument("--to", required=True, choices=tuple(FORMS), help=explained)
 
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
+    if arguments.target.is_file() and not arguments.force:
+        return fail("convert", f"{arguments.target} is there already: give --force to write over it")
     from adamw_triton import architectures
     from adamw_triton.checkpoint import conversion, exporting
     from adamw_triton.checkpoint.files import CheckpointError
@@ -53,7 +62,7 @@ def convert(arguments: argparse.Namespace) -> int:
         package = str(error.name).partition(".")[0]
         if package not in PACKAGES:
             raise
-        return fail("convert", f'the package {package} is missing: pip install "adamw-triton[convert]"')
+        return fail("convert", missing(package, "convert"))
     except (CheckpointError, OSError, MemoryError) as error:
         return fail("convert", str(error) or type(error).__name__)
     return 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 
-from adamw_triton.doctor import PROBLEM, WARNING, Finding
+from adamw_triton.doctor import OK, PROBLEM, SKIPPED, WARNING, Finding
 
+COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31, SKIPPED: 2}
+"""ANSI's: green, yellow, red, faint."""
 CANNOT_WORK = 1
 NO_GPU = 3
 
@@ -45,7 +49,8 @@ def show(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
     shown = []
     for name, finding in findings:
         head = f"{finding.verdict:<9}{name:<9}"
-        print(textwrap.fill(finding.text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+        lines = textwrap.fill(finding.text, width, initial_indent=head, subsequent_indent=" " * len(head))
+        print(coloured(lines[:9], COLOURS[finding.verdict]) + lines[9:])
         if finding.advice:
             arrow = f"{'':<18}-> "
             print(
@@ -53,6 +58,13 @@ def show(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
             )
         shown.append(finding)
     return shown
+
+
+def coloured(text: str, code: int) -> str:
+    """In a terminal that takes colours, unless NO_COLOR asks for none (no-color.org)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
 
 
 def conclude(findings: Iterable[Finding], *, has_gpu: bool) -> int:

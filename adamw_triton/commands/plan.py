@@ -5,27 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from adamw_triton.choices import ACCUMULATE_ON, PREFERENCES, SHARDINGS
 from adamw_triton.commands import fail
-from adamw_triton.memory.units import format_bytes, parse_bytes
+from adamw_triton.fits import changes
+from adamw_triton.fits.answers import Answer, Question, as_dict, hungriest, lines
+from adamw_triton.memory.units import parse_bytes
 from adamw_triton.models import Model, read_model, sketches
 from adamw_triton.models.sketch import LARGEST
 from adamw_triton.selection.cards import parse_gpu
-from adamw_triton.selection.share import SHARDINGS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adamw_triton.models.finetuning import Run
+from adamw_triton.selection.table import INDENT, WIDTH, fill
 
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
 TARGETS = ("attention", "all-linear")
-ACCUMULATE_ON = ("gpu", "host")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 FEWEST = 1000
 """Parameters; whoever writes fewer has left out a unit."""
@@ -38,6 +35,8 @@ examples:
   adamw-triton plan ./Llama-3.2-3B --gpu T4
   adamw-triton plan ./Llama-3.1-70B --gpu A100-80GB --lora 16
   adamw-triton plan --params 7e9 --gpu 16GiB --lora 16 --quantized-base 4
+
+where nothing fits, the least changes that would let it are tried and printed
 
 exit code: 0 something fits, 1 nothing does, 2 the arguments or the model's files are wrong"""
 
@@ -96,70 +95,38 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_option("--json", action="store_true", help="for programs")
 
 
-class Question(NamedTuple):
-    """The arguments, checked."""
-
-    gpu: str | int | None
-    host: int | None
-    activations: int | None
-
-
-class Answer(NamedTuple):
-    """For one model."""
-
-    model: Model
-    run: Run
-    tensors: Sequence[Tensor]
-    activations: int | None
-    origin: str
-    """Of ``activations``."""
-    plan: Any
-
-    @property
-    def room(self) -> int:
-        """Bytes that the whole 32-bit state leaves on the GPU."""
-        return int(self.plan.limits[0].room - self.plan.candidates[0].gpu_bytes)
-
-
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; the exit code."""
     try:
         question = check(arguments)
-        answers = [answer(arguments, question, model) for model in find_models(arguments)]
-        # Of guesses the one that needs most: no model of that size is to be promised more than it has.
-        found = answers[0] if len(answers) == 1 else min(answers, key=lambda answer: answer.room)
+        models = find_models(arguments)
+        found = hungriest(arguments, question, models)
+        ways = [] if found.plan.chosen else changes.that_fit(arguments, question, models)
     except ValueError as error:
         return fail("plan", str(error))
     if arguments.json:
-        print(json.dumps(as_dict(found), indent=2))
+        print(json.dumps({**as_dict(found), "would_fit": [way._asdict() for way in ways]}, indent=2))
     else:
-        print(f"{found.model.name}: {describe(found.model, found.run, found.tensors)}")
-        print(f"counted: {found.model.counted}")
-        print(f"activations: {found.origin}")
-        if arguments.release and not _releases(arguments):
-            print("gradients: accumulated, and so all there until the last backward, --release or not")
-            print("           (--accumulate-on host keeps them in host memory)")
-        show(found.plan)
-    return NOTHING_FITS if found.plan.chosen is None else 0
+        show(found, ways)
+    return 0 if found.plan.chosen else NOTHING_FITS
 
 
-def answer(arguments: argparse.Namespace, question: Question, model: Model) -> Answer:
-    """Plan for one model."""
-    run = how_trained(arguments, model)
-    from adamw_triton.models import finetuning
-
-    tensors = finetuning.tensors(model.weights, run)
-    activations, origin = count_activations(arguments, model, run, tensors, question.activations)
-    tokens = arguments.batch * arguments.seq if _goes_through_all(model, run) else None
-    named = [*zip((weight.name for weight in model.weights), tensors, strict=False)]
-    adapters = [("", tensor) for tensor in tensors[len(named) :]]
-    found = ask([*named, *adapters], question, activations, arguments, tokens)
-    return Answer(model, run, tensors, activations, origin, found)
-
-
-def _goes_through_all(model: Model, run: Run) -> bool:
-    """Whether each token meets every weight: not with experts, nor are there weights to count in codes."""
-    return model.dimensions is not None and model.dimensions.visited == 1 and not run.quantized
+def show(found: Answer, ways: Sequence[changes.Way]) -> None:
+    """Lines as wide as the terminal; the table with rich where it is installed."""
+    draw: Callable[[Any], None] = print
+    width = WIDTH
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        pass
+    else:
+        draw, width = Console().print, Console().width
+    for line in lines(found):
+        print(fill(line, width, INDENT))
+    draw(found.plan)
+    if not found.plan.chosen:
+        for line in changes.lines(ways):
+            print(fill(line, width, INDENT * 2))
 
 
 def check(arguments: argparse.Namespace) -> Question:
@@ -183,7 +150,7 @@ def check(arguments: argparse.Namespace) -> Question:
         ("--accumulate-dtype", arguments.accumulate_dtype, (None, "fp32")),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--sharding", arguments.sharding, SHARDINGS),
-        ("--prefer", arguments.prefer, ("speed", "exact")),
+        ("--prefer", arguments.prefer, PREFERENCES),
         ("--accumulate-on", arguments.accumulate_on, ACCUMULATE_ON),
     ):
         if value not in allowed:
@@ -252,136 +219,3 @@ def find_models(arguments: argparse.Namespace) -> Sequence[Model]:
             f"--lora needs the shapes of a model of {count:,} parameters: name its folder or file"
         )
     return models
-
-
-def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
-    """What is held in 4 bits already stays so; of other codes there is no plan but one for such a base.
-
-    Raises:
-        ValueError: codes are to be trained themselves.
-    """
-    from adamw_triton.models.finetuning import DTYPES, Run
-
-    in_4_bits = arguments.quantized_base is not None
-    if model.quantized is not None and model.quantized.is_4bit_base:
-        in_4_bits = True
-        if arguments.lora is None:
-            raise ValueError(
-                f"{model.name} is held in 4 bits (bitsandbytes), which cannot be trained themselves: give "
-                "--lora RANK, or name a folder of the model in 16 or 32 bits"
-            )
-    elif model.quantized is not None and not in_4_bits:
-        raise ValueError(
-            f"{model.name} is quantized, in {model.quantized.format}: such weights cannot be trained. Give "
-            "--lora RANK --quantized-base 4, which plans for holding it in 4 bits (NF4), or name a folder of "
-            "the model in 16 or 32 bits"
-        )
-    return Run(
-        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-        rank=arguments.lora,
-        targets=arguments.lora_targets,
-        quantized=in_4_bits,
-    )
-
-
-def count_activations(
-    arguments: argparse.Namespace, model: Model, run: Run, tensors: Sequence[Tensor], given: int | None
-) -> tuple[int | None, str]:
-    """Bytes, None if nothing can be said of them; and where the figure is from."""
-    from adamw_triton.models.activations import Batch, estimate
-    from adamw_triton.models.finetuning import workload
-    from adamw_triton.state.placement import live_bytes
-
-    if given is not None:
-        return given, f"{format_bytes(given)}, as given"
-    if model.dimensions is None:
-        return None, f"not counted: {model.remark}; give --activations"
-    batch = Batch(
-        arguments.batch, arguments.seq, not arguments.no_checkpointing,
-        arguments.accumulation > 1 and not _releases(arguments), _releases(arguments),
-    )  # fmt: skip
-    work = workload(model.weights, run, model.dimensions.visited)
-    if batch.released:
-        work = work._replace(gradients=live_bytes(t.nbytes for t in tensors if t.requires_grad))
-    if arguments.sharding == "full":
-        work = work._replace(gradients=work.gradients // arguments.ranks)
-    count = estimate(model.dimensions, batch, work)
-    return count, (
-        f"about {format_bytes(count)}, estimated for {batch.sequences} x {batch.length} tokens "
-        f"with{'' if batch.checkpointing else 'out'} gradient checkpointing"
-        f"{'; ' if model.remark else ''}{model.remark}"
-    )
-
-
-def _releases(arguments: argparse.Namespace) -> bool:
-    """Whether few gradients are there at one time: all of them are where they add up on the GPU."""
-    return bool(arguments.release) and (arguments.accumulation == 1 or arguments.accumulate_on == "host")
-
-
-def ask(
-    named: Sequence[tuple[str, Tensor]],
-    question: Question,
-    activations: int | None,
-    arguments: argparse.Namespace,
-    tokens: int | None,
-) -> Any:
-    """The Plan."""
-    import torch
-
-    import adamw_triton
-    from adamw_triton.models import finetuning
-
-    if question.gpu is None and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here: say which with --gpu, like T4 or 24GiB")
-    return adamw_triton.plan(
-        named,
-        question.gpu,
-        question.host,
-        activations=activations,
-        prefer=arguments.prefer,
-        gradient_release=arguments.release,
-        accumulation=arguments.accumulation,
-        accumulate_on=arguments.accumulate_on,
-        accumulate_dtype=finetuning.DTYPES.get(arguments.accumulate_dtype),
-        tokens=tokens,
-        checkpointing=not arguments.no_checkpointing,
-        ranks=arguments.ranks,
-        sharding=arguments.sharding,
-    )
-
-
-def describe(model: Model, run: Run, tensors: Sequence[Tensor]) -> str:
-    """What is trained, in a line."""
-    from adamw_triton.models.finetuning import dtype_of
-
-    total = sum(weight.numel for weight in model.weights)
-    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-    dtype = str(dtype_of(model.weights, run)).removeprefix("torch.")
-    if run.rank is None:
-        how = "all" if trained == total else f"{trained:,} of them"
-        return f"{total:,} parameters in {dtype}, {how} trained"
-    base = f"{dtype}, projections in 4 bits" if run.quantized else dtype
-    lora = f"LoRA of rank {run.rank} on {run.targets}"
-    return f"{total:,} frozen parameters in {base}; {trained:,} trained in float32, {lora}"
-
-
-def as_dict(found: Answer) -> dict[str, Any]:
-    return {
-        "model": found.model.name,
-        "parameters": sum(weight.numel for weight in found.model.weights),
-        "counted": found.model.counted,
-        "trained": sum(tensor.numel() for tensor in found.tensors if tensor.requires_grad),
-        "activations": found.activations,
-        "activations_from": found.origin,
-        "plan": found.plan.to_dict(),
-    }
-
-
-def show(found: Any) -> None:
-    """With rich where it is installed."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        print(found)
-    else:
-        Console().print(found)

@@ -1,6 +1,7 @@
 """What the demo shows: progress bars, a table, a picture of the loss curves."""
 
 import os
+import time
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,6 +15,8 @@ from rich.table import Table
 from adamw_triton.demo import DemoError
 from adamw_triton.demo.training import SMOOTHING, Result, running_mean
 
+LINE_SECONDS = 10.0
+
 # Grey for the yardstick, then hues that the colour-blind can tell apart (Okabe and Ito).
 COLOURS = ("0.7", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
@@ -24,7 +27,7 @@ def label(name: str) -> str:
 
 
 def progress_bars(console: Console) -> Progress:
-    """One bar a task; a task's field `loss` is its latest loss, already text."""
+    """One bar a task, where a terminal is to draw it in; its field `loss` is the latest loss, as text."""
     return Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=None),
@@ -33,12 +36,18 @@ def progress_bars(console: Console) -> Progress:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         expand=True,
+        disable=not (console.is_terminal or console.is_jupyter),
     )
 
 
 def show_loss(progress: Progress, bar: TaskID, loss: float) -> None:
-    """Move `bar` one step on."""
+    """Move `bar` one step on; where none is drawn, print a line now and then."""
     progress.update(bar, advance=1, loss=f"{loss:.3f}")
+    task, now = progress.tasks[bar], time.monotonic()
+    if progress.disable and (task.finished or now - task.fields.get("said", -LINE_SECONDS) >= LINE_SECONDS):
+        progress.update(bar, said=now)
+        line = f"{task.description:<24} {task.completed:.0f} of {task.total:.0f} steps, loss {loss:.3f}"
+        progress.console.print(line, markup=False, highlight=False)
 
 
 def results_table(results: list[Result]) -> Table:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 import adamw_triton
+from adamw_triton.choices import VariantName
 from adamw_triton.demo.corpus import Batches
 
 BATCH = 16
@@ -27,7 +29,7 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim
     """The optimizer that `name`, one of OPTIMIZERS, stands for."""
     if name == "torch":
         return torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    return adamw_triton.AdamW(parameters, lr=LEARNING_RATE, variant=name)
+    return adamw_triton.AdamW(parameters, lr=LEARNING_RATE, variant=cast(VariantName, name))
 
 
 @dataclass(frozen=True)

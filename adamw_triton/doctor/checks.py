@@ -38,6 +38,8 @@ class Probes(Protocol):
     @property
     def triton_version(self) -> str | None: ...
     @property
+    def triton_wanted(self) -> str | None: ...
+    @property
     def interpreted(self) -> bool: ...
     @property
     def driver(self) -> str | None: ...
@@ -120,6 +122,14 @@ def kernels(machine: Probes) -> Finding:
             WARNING,
             f"Triton {machine.triton_version}: {where}; but TRITON_INTERPRET=1 is set",
             "unset it: it is for debugging kernels on a CPU",
+        )
+    wanted = machine.triton_wanted
+    if wanted is not None and _release(machine.triton_version) not in (None, _release(wanted)):
+        return Finding(
+            WARNING,
+            f"Triton {machine.triton_version}: {where}; but torch {machine.torch_version} was released with "
+            f"Triton {wanted}, and torch.compile is tested with no other",
+            f"pip install 'triton=={wanted}', or the torch of the Triton that is here",
         )
     return Finding(OK, f"Triton {machine.triton_version}: {where}")
 
@@ -225,8 +235,14 @@ def _examine(name: str, check: Check, machine: Probes) -> Finding:
 
 def _older(version: str, oldest: tuple[int, int]) -> bool:
     """Whether it is before that release; an unknown one is not."""
+    found = _release(version)
+    return found is not None and found < oldest
+
+
+def _release(version: str) -> tuple[int, ...] | None:
+    """Major and minor; None where the text tells none."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and tuple(map(int, found.groups())) < oldest
+    return None if found is None else tuple(map(int, found.groups()))
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class Machine:
     def triton_version(self) -> str | None:
         found = importlib.util.find_spec("triton")
         return None if found is None else _version("triton", "triton-rocm", "pytorch-triton")
+
+    @property
+    def triton_wanted(self) -> str | None:
+        """The release that this torch names as its own; None if it names none, as builds for CPUs do."""
+        return pinned_triton(importlib.metadata.requires("torch") or ())
 
     @property
     def interpreted(self) -> bool:
@@ -168,6 +173,15 @@ class Machine:
         limit = self.host()
         free = [torch.cuda.mem_get_info()[0], *([] if limit is None else [limit.available])]
         return max(1 << 20, min(TRIAL_BYTES, min(free) // 8))
+
+
+def pinned_triton(requirements: Iterable[str]) -> str | None:
+    """In lines like ``triton==3.4.0; platform_system == "Linux"``."""
+    for line in requirements:
+        found = re.match(r"(?:pytorch-)?triton(?:-\w+)?\s*\(?==\s*([\w.+]+)", line)
+        if found:
+            return found[1]
+    return None
 
 
 def _version(*names: str) -> str:

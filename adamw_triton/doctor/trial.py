@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from adamw_triton.arguments import VARIANTS
+from adamw_triton.choices import VariantName
 from adamw_triton.optimizer import AdamW
 from adamw_triton_kernels.ahead import compile_ahead
 
@@ -25,7 +27,7 @@ RARE = 1e-3
 """Share of weights whose 8-bit code may have been rounded the other way, and the second step with it."""
 
 
-def main(variants: Sequence[str]) -> None:
+def main(variants: Sequence[VariantName]) -> None:
     for variant in variants:
         if torch.cuda.is_available():
             compare(variant)
@@ -33,7 +35,7 @@ def main(variants: Sequence[str]) -> None:
             compile_ahead(f"adamw_{VARIANTS[variant].bits}bit")
 
 
-def compare(variant: str) -> None:
+def compare(variant: VariantName) -> None:
     """Raise ArithmeticError unless GPU and CPU take the same steps."""
     on_gpu, on_cpu = (trained(variant, device) for device in ("cuda", "cpu"))
     wrong = ~((on_gpu - on_cpu).abs() < TOLERANCE)  # NaN is wrong too
@@ -41,7 +43,7 @@ def compare(variant: str) -> None:
         raise ArithmeticError(f"{variant}: {int(wrong.sum())} of {ELEMENTS} weights differ from the CPU's")
 
 
-def trained(variant: str, device: str) -> torch.Tensor:
+def trained(variant: VariantName, device: str) -> torch.Tensor:
     values = torch.linspace(-1, 1, ELEMENTS)
     weight = torch.nn.Parameter(values.to(device, copy=True))  # else on the CPU it is `values` itself
     optimizer = AdamW([weight], lr=0.01, variant=variant)
@@ -52,4 +54,4 @@ def trained(variant: str, device: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(cast(Sequence[VariantName], sys.argv[1:]))

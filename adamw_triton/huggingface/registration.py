@@ -14,6 +14,7 @@ import inspect
 from enum import Enum
 from typing import Any
 
+from adamw_triton.installing import command
 from adamw_triton.trainer_arguments import OPTIMIZERS, optimizer_cls_and_kwargs
 
 _OURS = "_dispatches_adamw_triton"
@@ -32,8 +33,7 @@ def register() -> None:
         if error.name != "transformers":
             raise
         raise ImportError(
-            "adamw_triton.huggingface needs transformers, which is not installed: "
-            'pip install "adamw-triton[hf]"',
+            f"adamw_triton.huggingface needs transformers, which is not installed: {command('hf')}",
             name="transformers",
         ) from None
     try:

@@ -96,3 +96,14 @@ def estimate(model: Dimensions, batch: Batch, workload: Workload) -> int:
         in_embeddings += 2 * embeddings if workload.tied else 0
         peak = max(before, in_first_layer, in_embeddings)
     return peak + size * workload.largest_quantized
+
+
+def counted(model: Dimensions, batch: Batch, workload: Workload) -> str:
+    """What ``estimate`` counts, in words."""
+    kept = f"what {model.layers} layers keep"
+    if batch.checkpointing:
+        kept = f"the inputs of {model.layers} layers, one layer made anew"
+    line = f"counted are {kept}, and logits of {model.vocabulary:,} words"
+    if workload.gradients and not batch.accumulating and not batch.released:
+        line += ", less the room of the gradients, which come later"
+    return line

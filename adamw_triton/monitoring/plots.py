@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from adamw_triton import installing
 from adamw_triton.monitoring.json_lines import read_json_lines
 
 History = Iterable[Mapping[str, float]] | str | os.PathLike[str]
@@ -149,7 +150,7 @@ def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "adamw-triton[monitoring]"') from error
+        raise ImportError(installing.missing("matplotlib", "monitoring")) from error
     return Figure(figsize=size, dpi=120, layout="constrained")
 
 

@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIServer
 
 import torch
 
+from adamw_triton import installing
 from adamw_triton._version import __version__
 from adamw_triton.monitoring.names import (
     COUNTER,
@@ -189,7 +190,5 @@ def _client() -> Any:
     try:
         import prometheus_client.core
     except ImportError as error:
-        raise ImportError(
-            'the endpoint for Prometheus needs prometheus_client: pip install "adamw-triton[monitoring]"'
-        ) from error
+        raise ImportError(installing.missing("prometheus_client", "monitoring")) from error
     return prometheus_client

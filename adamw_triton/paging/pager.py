@@ -66,7 +66,7 @@ class Pager:
     """Walks the pages of one device. Knows nothing of optimizers: only pages, arrays and updates.
 
     Args:
-        transfer: one of ``transfer.TRANSFERS``.
+        transfer: one of ``choices.TRANSFERS``.
         beside: updates are not to hold up the compute stream, until ``join``.
     """
 

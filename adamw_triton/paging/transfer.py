@@ -13,7 +13,6 @@ from typing import NamedTuple
 from adamw_triton.paging.device import Device, Event
 
 COPY, ZERO_COPY = "copy", "zero_copy"
-TRANSFERS = ("auto", COPY, ZERO_COPY)
 
 # Twice each: the first time compiles kernels and makes tables.
 _TRIALS = (COPY, COPY, ZERO_COPY, ZERO_COPY)

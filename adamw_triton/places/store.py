@@ -391,7 +391,7 @@ class Store:
 
     def memory(self) -> dict[str, int]:
         """Bytes by place, and by format; those of exact weights apart."""
-        places = {"gpu": 0, "host": 0, "staging": sum(p.staging_bytes for p in list(self._pagers.values()))}
+        places = {"gpu": 0, "host": 0, "staging": staging_bytes(self._pagers)}
         formats: dict[str, int] = defaultdict(int)
         for buffer in self.buffers:
             on_gpu = not buffer.on_host and buffer.device.type != "cpu"
@@ -405,6 +405,11 @@ class Store:
 
 def _shape(shape: torch.Size, is_complex: bool) -> str:
     return f"{tuple(shape)}{' of complex numbers' if is_complex else ''}"
+
+
+def staging_bytes(pagers: Mapping[torch.device, Pager]) -> int:
+    """On all GPUs; where pages pass through the host's own memory, it is none's."""
+    return sum(pager.staging_bytes for device, pager in pagers.items() if device.type != "cpu")
 
 
 def by_device(work: Work) -> dict[torch.device, Work]:

@@ -22,7 +22,7 @@ from adamw_triton.memory.host import require_host
 from adamw_triton.paging.device import Device
 from adamw_triton.paging.pager import Arrays, Pager, Work, join
 from adamw_triton.paging.transfer import COPY
-from adamw_triton.places.store import by_device
+from adamw_triton.places.store import by_device, staging_bytes
 from adamw_triton.state.buffers import Buffer, Page
 from adamw_triton.state.formats import Sum, as_real, round_up
 from adamw_triton.state.placement import SumBytes, page_elements, ring_for, sum_bytes
@@ -98,7 +98,7 @@ class Sums:
     @property
     def staging_bytes(self) -> int:
         """On all GPUs."""
-        return sum(pager.staging_bytes for pager in list(self._pagers.values()))
+        return staging_bytes(self._pagers)
 
     def to_come(self, groups: Groups) -> dict[torch.device, SumBytes]:
         """What they will take yet, for the parameters of each device."""

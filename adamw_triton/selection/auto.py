@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.arguments import Variant
+from adamw_triton.choices import Prefer
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.selection import rates
@@ -117,8 +118,11 @@ class Auto:
         block_size: of the 8-bit format.
         weights: how those of 16 bits may be kept, the best first.
         released: it decides while backward runs, when all activations are there and few gradients.
+        prefer: as in ``select``.
         capturable: nothing may be paged, nor spilled later.
     """
+
+    _prefer: Prefer = "speed"  # of one that was pickled before there was a choice
 
     def __init__(
         self,
@@ -127,10 +131,12 @@ class Auto:
         capturable: bool = False,
         weights: Sequence[str] = ("nearest",),
         released: bool = False,
+        prefer: Prefer = "speed",
     ) -> None:
         self._budget = budget
         self._weights = tuple(weights)
         self._released = released
+        self._prefer = prefer
         self._block_size = block_size
         self._capturable = capturable
         self.plan: Plan | None = None
@@ -145,8 +151,7 @@ class Auto:
 
     @property
     def _taken(self) -> Candidate | None:
-        """What is followed: if nothing fits, the last resort."""
-        return None if self.plan is None else self.plan.chosen or self.plan.last_resort
+        return None if self.plan is None else self.plan.followed
 
     @property
     def bits(self) -> int:
@@ -202,6 +207,7 @@ class Auto:
         plan = select(
             demands,
             host_room,
+            prefer=self._prefer,
             block_size=self._block_size,
             resident=self._capturable,
             weights=self._weights,
@@ -209,7 +215,8 @@ class Auto:
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the gradients are there: so other ranks are about to come
-        self.plan, self._agreed = agree(plan, groups, (self._capturable, self._block_size, self._weights))
+        settings = (self._capturable, self._block_size, self._weights, self._prefer)
+        self.plan, self._agreed = agree(plan, groups, settings)
         for device in self._devices:
             self._watch(device)
         if self.plan.chosen is None:
@@ -274,8 +281,9 @@ def chooser_for(
     capturable: bool,
     weights: Sequence[str],
     released: bool,
+    prefer: Prefer = "speed",
 ) -> Chooser:
     """Of an optimizer with these arguments; ``weights``: how those of 16 bits may be kept, the best first."""
     if variant.chosen:
-        return Auto(budget, block_size, capturable, weights, released)
+        return Auto(budget, block_size, capturable, weights, released, prefer)
     return Fixed(variant.bits, Policy(variant.paged, budget), weights[0])

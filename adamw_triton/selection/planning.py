@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from adamw_triton.arguments import BLOCK_SIZES, check_accumulation, check_choice, check_weights
+from adamw_triton.choices import AccumulateOn, Auto, Prefer, Sharding
 from adamw_triton.memory import gpu
 from adamw_triton.memory.host import host_limit
 from adamw_triton.memory.units import format_bytes, parse_bytes
@@ -48,18 +49,18 @@ def plan(
     *,
     grad_dtype: torch.dtype | None = None,
     activations: int | str | None = None,
-    prefer: str = "speed",
+    prefer: Prefer = "speed",
     block_size: int = 128,
-    master_weights: bool | str = "auto",
-    stochastic_rounding: bool | str = "auto",
+    master_weights: bool | Auto = "auto",
+    stochastic_rounding: bool | Auto = "auto",
     gradient_release: bool = False,
     accumulation: int = 1,
-    accumulate_on: str = "gpu",
+    accumulate_on: AccumulateOn = "gpu",
     accumulate_dtype: torch.dtype | None = None,
     tokens: int | None = None,
     checkpointing: bool = True,
     ranks: int = 1,
-    sharding: str = "full",
+    sharding: Sharding = "full",
 ) -> Plan:
     """Which variant fits, and why the others do not.
 

@@ -10,7 +10,7 @@ from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.table import Table
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
 
 
 _SUFFIXES = {"nearest": "", "stochastic": ", stochastic rounding", "exact": ", exact weights"}
@@ -92,11 +92,11 @@ class Candidate:
         return not self.obstacle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Candidates in the order of preference; the first that fits is chosen.
 
-    ``str()`` of it is a table, and so are ``rich.print`` and its display in a notebook.
+    ``str()`` of it is a table, and so are ``repr()``, ``rich.print`` and its display in a notebook.
     """
 
     candidates: tuple[Candidate, ...]
@@ -111,6 +111,11 @@ class Plan:
     def chosen(self) -> Candidate | None:
         """None if nothing fits."""
         return next((candidate for candidate in self.candidates if candidate.fits), None)
+
+    @property
+    def followed(self) -> Candidate:
+        """The chosen one; if nothing fits, the last resort."""
+        return self.chosen or self.last_resort
 
     @property
     def last_resort(self) -> Candidate:
@@ -176,8 +181,10 @@ class Plan:
     def __str__(self) -> str:
         return self._table().text()
 
-    def __rich__(self) -> Group:
-        return self._table().rich()
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
+        yield self._table().rich(options.max_width)
 
     def _repr_html_(self) -> str:
         return self._table().html()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adamw_triton.choices import Prefer, check_word
 from adamw_triton.memory.units import format_bytes
 from adamw_triton.selection.plans import Candidate, Limits, Plan
 from adamw_triton.state.formats import Format, as_real, format_for, matters, nbytes_of_weights
@@ -46,7 +47,7 @@ PARTLY_8 = Way("8bit, partly paged", "paged_8bit", 8, paged=True, filled=True)
 PAGED_32 = Way("32bit, paged", "paged_32bit", 32, paged=True)
 PAGED_8 = Way("8bit, paged", "paged_8bit", 8, paged=True)
 
-PREFERENCES = {
+PREFERENCES: dict[Prefer, tuple[Way, ...]] = {
     # Crossing the link costs tens of times what the step does where state is resident, 8 bits an error of
     # 3% of the update: bits go first.
     "speed": (RESIDENT_32, RESIDENT_8, PARTLY_8, PAGED_8, PARTLY_32, PAGED_32),
@@ -106,7 +107,7 @@ def select(
     demands: Sequence[Demand],
     host_room: int,
     *,
-    prefer: str = "speed",
+    prefer: Prefer = "speed",
     block_size: int = 128,
     resident: bool = False,
     weights: Sequence[str] = ("nearest",),
@@ -119,8 +120,7 @@ def select(
     Raises:
         ValueError: ``prefer`` is none of ``PREFERENCES``.
     """
-    if prefer not in PREFERENCES:
-        raise ValueError(f"Invalid prefer: {prefer!r}; it must be one of {', '.join(map(repr, PREFERENCES))}")
+    check_word("prefer", prefer, tuple(PREFERENCES))
     ways = [way for way in PREFERENCES[prefer] if not (resident and way.paged)]
     dtypes = {tensor.dtype for demand in demands for tensor in demand.tensors}
     differ = any(matters(how, dtype) for how in weights for dtype in dtypes)

@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from adamw_triton.choices import SHARDINGS, check_word
+
 # The command line shows its help without torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adamw_triton.selection.selector import Trained
-
-SHARDINGS = ("full", "none")
-"""``fully_shard`` of each layer and of the model (FSDP2), or replicas (DDP)."""
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
@@ -35,8 +34,7 @@ class Share(NamedTuple):
         Raises:
             ValueError: nobody can train so.
         """
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"Invalid sharding: {self.sharding!r}; it must be 'full' or 'none'")
+        check_word("sharding", self.sharding, SHARDINGS)
         if self.ranks > 1 and gradient_release:
             raise ValueError(f"gradient_release=True is for one process, and ranks={self.ranks}")
 

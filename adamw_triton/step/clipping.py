@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adamw_triton.arguments import NONFINITE
+from adamw_triton.choices import NONFINITE
 from adamw_triton.memory.lasting import lasting
 from adamw_triton.paging.pager import never
 from adamw_triton.state.buffers import Slot, StateBuffer
@@ -122,7 +122,7 @@ class Clipping:
     """Args:
     max_norm: of all gradients; None: they are not clipped.
     factor: of each gradient, times the average of its norm; None: they are not clipped.
-    nonfinite: one of ``arguments.NONFINITE``.
+    nonfinite: one of ``choices.NONFINITE``.
     whole: whether what is judged is all of a step.
     """
 

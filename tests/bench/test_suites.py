@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+import bench.__main__
+from adamw_triton.installing import missing
 from adamw_triton_kernels import Call, Update, reference
 from bench import optimizers, readme, timing, workloads
+from bench.commands import PACKAGES
 from bench.optimizers import OPTIMIZERS, Optimizer, hand_over, runnable, told
 from bench.peers import FORMATS, Codec, Format, FormulaAdamW
 from bench.suites import convergence, memory, paged, precision, roofline, step, train
@@ -265,3 +268,28 @@ def test_the_readme_is_made_of_the_results(tmp_path: Path) -> None:
     page = (tmp_path / "README.md").read_text()
     assert page.index("## Measured: cpu-some") < page.index("## Compiled or projected, not measured")
     assert "### step\n\nof cpu-some\n\n![step](results/cpu-some/step.png)\n\n#### A table" in page
+
+
+# --- Without its libraries -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", ["step", "--quick"])
+def test_a_missing_library_is_named_with_its_extra(
+    package: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=f"{package}.part")
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    assert bench.__main__.main([name]) == 2
+    assert capsys.readouterr().err == f"bench {name}: {missing(package, 'bench')}\n"
+
+
+def test_a_module_of_ours_that_is_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ModuleNotFoundError):
+        bench.__main__.main(["step"])

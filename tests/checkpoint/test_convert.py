@@ -19,6 +19,7 @@ from adamw_triton import AdamW
 from adamw_triton.checkpoint import files
 from adamw_triton.checkpoint.conversion import FORMS, convert
 from adamw_triton.cli import main
+from adamw_triton.installing import missing
 from tests.checkpoint import release_0
 from tests.checkpoint.crash import IN_MEMORY
 from tests.checkpoint.sources import HYPER, SOURCES, meaning, trained
@@ -142,7 +143,7 @@ def refused(source: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> s
     """What is said, in a line; nothing else is left behind."""
     before = sorted(os.listdir(source.parent))
     capsys.readouterr()
-    assert main(["convert", str(source), str(target), "--to", "torch"]) == 2
+    assert main(["convert", str(source), str(target), "--force", "--to", "torch"]) == 2
     assert sorted(os.listdir(source.parent)) == before
     error = capsys.readouterr().err
     said = [line for line in error.splitlines() if line.startswith("adamw-triton convert: ")]
@@ -262,8 +263,8 @@ def test_paths(good: object, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "No such file" in refused(tmp_path / "no.pt", tmp_path / "out.pt", capsys)
     assert "no folder" in refused(tmp_path / "in.pt", tmp_path / "no" / "out.pt", capsys)
     assert "directory" in refused(tmp_path, tmp_path / "out.pt", capsys)
-    (tmp_path / "folder").mkdir()
-    assert "directory" in refused(tmp_path / "in.pt", tmp_path / "folder", capsys)
+    (tmp_path / "folder.pt").mkdir()
+    assert "directory" in refused(tmp_path / "in.pt", tmp_path / "folder.pt", capsys)
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -283,8 +284,39 @@ def test_a_failed_write_leaves_the_old_file(
 
 def test_in_place(good: object, tmp_path: Path) -> None:
     path = tmp_path / "in.pt"
-    assert main(["convert", str(path), str(path), "--to", "portable"]) == 0
+    before = path.read_bytes()
+    assert main(["convert", str(path), str(path), "--to", "portable"]) == 2
+    assert path.read_bytes() == before
+    assert main(["convert", str(path), str(path), "--force", "--to", "portable"]) == 0
     assert set(files.load(path)["state"][0]) == release_0.KEYS_32BIT
+
+
+@pytest.mark.parametrize("to", [*FORMS, "master"])
+def test_nothing_is_written_over_unless_forced(
+    to: str, good: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_text("years of work")
+    assert main(["convert", str(tmp_path / "in.pt"), str(out), "--to", to]) == 2
+    said = capsys.readouterr().err
+    assert said == f"adamw-triton convert: {out} is there already: give --force to write over it\n"
+    assert out.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("ending", ["", ".json", ".PT", ".safetensor", ".pt.bak"])
+def test_an_ending_that_tells_no_form_is_refused(
+    ending: str, good: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(tmp_path / "in.pt", tmp_path / f"out{ending}", capsys)
+    assert "ending" in said
+    assert ".safetensors, .pt, .pth, .bin, .ckpt" in said
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_every_ending_that_is_written_is_read(ending: str, good: object, tmp_path: Path) -> None:
+    out = tmp_path / f"out{ending}"
+    assert main(["convert", str(tmp_path / "in.pt"), str(out), "--to", "portable"]) == 0
+    assert set(files.load(out)["state"][0]) == release_0.KEYS_32BIT
 
 
 @pytest.mark.parametrize("package", ["rich", "safetensors"])
@@ -299,7 +331,7 @@ def test_a_missing_package_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     said = refused(tmp_path / "in.safetensors", tmp_path / "out.pt", capsys)
-    assert f'the package {package} is missing: pip install "adamw-triton[convert]"' in said
+    assert missing(package, "convert") in said
 
 
 # --- Memory -----------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def good(folder: Path) -> tuple[Tied, AdamW]:
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], out: str = "out.safetensors") -> str:
     """What is said, in a line; nothing is left behind."""
     before = sorted(os.listdir(folder)) if folder.is_dir() else []
-    assert main(["convert", str(folder), str(folder.parent / out), "--to", "master"]) == 2
+    assert main(["convert", str(folder), str(folder.parent / out), "--force", "--to", "master"]) == 2
     assert (sorted(os.listdir(folder)) if folder.is_dir() else []) == before
     error = capsys.readouterr().err
     said = [line for line in error.splitlines() if line.startswith("adamw-triton convert: ")]

@@ -222,7 +222,7 @@ def test_damaged_files(
         capfd.readouterr()
         what = f"seed {seed}: {how.__name__} of {good.name}"
         try:
-            code = main(["convert", str(source), str(target), "--to", rng.choice(list(FORMS))])
+            code = main(["convert", str(source), str(target), "--force", "--to", rng.choice(list(FORMS))])
         except BaseException as error:
             raise AssertionError(what) from error
         said = capfd.readouterr().err

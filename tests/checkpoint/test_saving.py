@@ -90,7 +90,9 @@ def test_the_form_of_a_native_state_dict() -> None:
 
 
 def test_unknown_state_format() -> None:
-    with pytest.raises(ValueError, match=r"Invalid state_format: 'torch'; it must be 'native' or 'portable'"):
+    with pytest.raises(
+        ValueError, match=r"Invalid state_format: 'torch'; it must be one of 'native', 'portable'"
+    ):
         AdamW(parameters()).state_dict(state_format="torch")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from adamw_triton.cli import main
@@ -44,6 +46,36 @@ def test_lines_are_aligned_and_wrapped(
     assert any(line.startswith(" " * 18 + "-> advice") for line in lines)
     assert lines[-1] == "ok       link     text"
     assert max(map(len, lines)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [
+        (True, {}, True),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (True, {"TERM": "dumb"}, False),
+        (False, {}, False),
+    ],
+)
+def test_verdicts_have_colours_in_a_terminal(
+    terminal: bool,
+    environment: dict[str, str],
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show([("torch", FINE), ("link", BAD)])
+    lines = capsys.readouterr().out.splitlines()
+    if coloured:
+        assert lines == ["\033[32mok       \033[0mtorch    text", "\033[31mproblem  \033[0mlink     text"]
+    else:
+        assert lines == ["ok       torch    text", "problem  link     text"]
 
 
 @pytest.mark.parametrize(

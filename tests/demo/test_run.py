@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from adamw_triton.demo import OPTIMIZERS, DemoError, training
+from adamw_triton.demo import OPTIMIZERS, DemoError, report, training
 from adamw_triton.demo.model import ByteTransformer
 from adamw_triton.demo.run import run_demo
 
@@ -154,3 +154,27 @@ def test_running_mean_reaches_back_twenty_steps():
     means = training.running_mean([float(step) for step in range(30)])
     assert means[:3] == [0, 0.5, 1]
     assert means[29] == statistics.fmean(range(10, 30))
+
+
+def test_in_a_pipe_a_line_comes_now_and_then(monkeypatch, console):
+    clock = iter(range(0, 1000, 4))  # a step takes four seconds
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    with report.progress_bars(console) as progress:
+        bar = progress.add_task("one", total=8, loss="")
+        for step in range(8):
+            report.show_loss(progress, bar, 3 - step / 10)
+            if step == 0:
+                assert console.file.getvalue().split() == ["one", "1", "of", "8", "steps,", "loss", "3.000"]
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1", "4", "7", "8"]
+    assert lines[-1].endswith("8 of 8 steps, loss 2.300")
+
+
+def test_in_a_terminal_bars_are_drawn_and_no_lines(monkeypatch):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with report.progress_bars(console) as progress:
+        bar = progress.add_task("one", total=2, loss="")
+        report.show_loss(progress, bar, 3.0)
+        report.show_loss(progress, bar, 2.0)
+    assert "2/2" in console.file.getvalue()
+    assert "steps, loss" not in console.file.getvalue()

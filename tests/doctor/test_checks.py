@@ -25,6 +25,7 @@ class Fake:
     torch_version = "2.13.0"
     built_for: str | None = "CUDA 12.8"
     triton_version: str | None = "3.9.0"
+    triton_wanted: str | None = "3.9.1"
     interpreted = False
     driver: str | None = "NVIDIA 570.1"
     wsl = False
@@ -109,7 +110,14 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "kernels", PROBLEM, "Triton 3.2.0 is too old: bf16 does not compile", "triton>=3.3"),
     "an old Triton, no GPU": (
         {**CPU_ONLY, "triton_version": "3.2.0"}, "kernels", WARNING, "3.2.0 is too old", "torch 2.7"),
-    "the oldest Triton": ({"triton_version": "3.3.0"}, "kernels", OK, "Triton 3.3.0: they run", ""),
+    "the oldest Triton": (
+        {"triton_version": "3.3.0", "triton_wanted": "3.3.1"}, "kernels", OK, "Triton 3.3.0: they run", ""),
+    "another torch's Triton": (
+        {"triton_version": "3.10.0"}, "kernels", WARNING,
+        "Triton 3.10.0: they run, as plain torch does; but torch 2.13.0 was released with Triton 3.9.1",
+        "pip install 'triton==3.9.1'"),
+    "a torch that names no Triton": (
+        {"triton_version": "3.10.0", "triton_wanted": None}, "kernels", OK, "Triton 3.10.0: they run", ""),
     "a Triton without a version": (
         {"triton_version": "of unknown version"}, "kernels", OK, "Triton of unknown version: they run", ""),
     "torch for CPUs": (CPU_ONLY, "torch", OK, "2.13.0, built for CPUs only", ""),

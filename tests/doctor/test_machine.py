@@ -216,3 +216,20 @@ def test_on_a_gpu_every_probe_answers() -> None:
     assert {name: finding.text for name, finding in findings.items() if finding.verdict == PROBLEM} == {}
     assert {findings[name].verdict for name in ("GPU", "kernels", "paging")} <= {OK, WARNING}
     assert "GB/s" in findings["link"].text
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ('triton==3.4.0; platform_system == "Linux" and platform_machine == "x86_64"', "3.4.0"),
+        ('pytorch-triton-rocm==3.3.1; platform_system == "Linux"', "3.3.1"),
+        ("triton-rocm==3.6.0", "3.6.0"),
+        ("triton (==3.3.0)", "3.3.0"),
+        ("triton>=3.3", None),
+        ("tritonclient==2.0", None),
+        ("numpy==2.0", None),
+    ],
+)
+def test_the_triton_that_torch_names(line: str, version: str | None) -> None:
+    assert machine.pinned_triton(["filelock", line]) == version
+    assert machine.pinned_triton([]) is None

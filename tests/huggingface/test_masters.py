@@ -123,7 +123,7 @@ def test_transformers_loads_what_was_converted(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     wanted = optimizer_of(trained).master_state_dict(model)
     out = folder / "model.safetensors"  # over the weights of 16 bits
-    assert main(["convert", str(folder), str(out), "--to", "master"]) == 0
+    assert main(["convert", str(folder), str(out), "--force", "--to", "master"]) == 0
     loaded = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
@@ -198,8 +198,8 @@ def test_optim_args_are_typed(text: str, master: Any, stochastic: Any, tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("master_weights=yes", "Invalid master_weights: 'yes'; it must be 'auto', True or False"),
-        ("stochastic_rounding=1", "Invalid stochastic_rounding: '1'; it must be 'auto', True or False"),
+        ("master_weights=yes", "master_weights must be true or false or auto"),
+        ("stochastic_rounding=1", "stochastic_rounding must be true or false or auto"),
         ("master_weights=true,stochastic_rounding=true", "contradict each other"),
         ("master_weight=true", "unknown key 'master_weight'"),
     ],

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from adamw_triton import installing
 from adamw_triton.huggingface import register
 
 ENUM = "from enum import Enum\nclass OptimizerNames(str, Enum):\n    SGD = 'sgd'\n"
@@ -29,7 +30,7 @@ def test_transformers_is_missing() -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: adamw_triton.huggingface needs transformers")
-    assert 'pip install "adamw-triton[hf]"' in last
+    assert installing.command("hf") in last
 
 
 @pytest.fixture

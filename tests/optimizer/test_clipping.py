@@ -322,9 +322,9 @@ def test_what_is_no_norm(most: Any) -> None:
 
 
 def test_unknown_nonfinite() -> None:
-    with pytest.raises(ValueError, match=r"nonfinite: 'ignore'.*propagate, skip, raise"):
+    with pytest.raises(ValueError, match=r"nonfinite: 'ignore'.*'propagate', 'skip', 'raise'"):
         AdamW(parameters(), nonfinite="ignore")
-    with pytest.raises(ValueError, match=r"nonfinite: array.*propagate, skip, raise"):
+    with pytest.raises(ValueError, match=r"nonfinite: array.*'propagate', 'skip', 'raise'"):
         AdamW(parameters(), nonfinite=numpy.array(["skip", "raise"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_grad_norm.*whole optimizer"):
         AdamW([{"params": parameters(), "max_grad_norm": 1.0}])

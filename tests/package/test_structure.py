@@ -14,7 +14,7 @@ ROOMS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "fits"},
     {"huggingface", "architectures"},
     {"trainer_arguments", "monitoring"},
     {"__init__"},
@@ -25,7 +25,7 @@ ROOMS = [
     {"paging"},
     {"state"},
     {"memory"},
-    {"telemetry", "models", "interrupts", "_version"},
+    {"telemetry", "models", "interrupts", "installing", "choices", "_version"},
 ]
 KERNEL_ROOMS = [
     {"ahead"},

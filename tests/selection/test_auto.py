@@ -68,6 +68,19 @@ def test_the_first_step_chooses_by_what_is_left_at_the_peak(
     assert line == f"auto: {optimizer.plan.summary()}"
 
 
+def test_who_prefers_exact_state_pages_before_it_goes_to_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for prefer, expected in (("speed", "8bit"), ("exact", "32bit, partly paged")):
+        simulated = SimulatedGpu(40 * MiB, 4 * MiB, others=fill(40 * MiB, STATE_8 + 100 * KiB))
+        install(monkeypatch, simulated)
+        optimizer = optimizer_on(simulated, prefer=prefer)
+        simulated.forward(2 * MiB)
+        train(optimizer, 1)
+        assert optimizer.plan is not None
+        assert (optimizer.plan.prefer, optimizer.plan.followed.name) == (prefer, expected)
+        with pytest.raises(AttributeError, match="prefer is decided when an optimizer is made"):
+            optimizer.prefer = "speed"
+
+
 @pytest.mark.parametrize("room", [STATE_32 + MiB, STATE_8 + MiB, STATE_8 // 2])
 def test_what_the_plan_says_is_what_is_taken(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     simulated = SimulatedGpu(40 * MiB, 4 * MiB, others=fill(40 * MiB, room))

@@ -62,7 +62,7 @@ def test_replicas() -> None:
     ("arguments", "message"),
     [
         ({"ranks": 0}, "Invalid ranks: 0"),
-        ({"ranks": 2, "sharding": "half"}, "Invalid sharding: 'half'; it must be 'full' or 'none'"),
+        ({"ranks": 2, "sharding": "half"}, "Invalid sharding: 'half'; it must be one of 'full', 'none'"),
         ({"ranks": 2, "gradient_release": True}, "is for one process, and ranks=2"),
     ],
 )

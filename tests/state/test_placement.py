@@ -28,6 +28,7 @@ from adamw_triton.state.placement import (
     ring_for,
     staged_bytes,
 )
+from tests.measuring import staging
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 FORMATS: tuple[Format, ...] = (Float32(), Float32(amsgrad=True), Blockwise8(128), Blockwise8(256))
@@ -232,7 +233,7 @@ def test_the_optimizer_takes_what_the_placement_says(case: tuple[list[int], str,
         optimizer.step()
     memory = optimizer.memory()
     assert memory["gpu"] + memory["host"] == placed.resident_bytes + placed.host_bytes
-    assert memory["staging"] == placed.ring.nbytes
+    assert staging(optimizer) == placed.ring.nbytes
     for name in ("8bit", "32bit"):
         assert memory.get(name, 0) == total([size for size in sizes if size[0].name == name])
     buffers = [optimizer._store.slots[id(param)].buffer for param in params]

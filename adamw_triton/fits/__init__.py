@@ -1,0 +1,1 @@
+"""What `adamw-triton plan` does: what a run takes on a card, and what would fit where nothing does."""
