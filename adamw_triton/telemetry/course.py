@@ -1,0 +1,87 @@
+"""Statistics over time: each a matrix of steps and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import nan
+
+import torch
+from torch import Tensor
+
+from adamw_triton.telemetry.observed import Observed, Told
+
+
+class Course:
+    """Of some steps, each of which collected.
+
+    Where a tensor had no gradient, what is said of it is NaN.
+    """
+
+    def __init__(self, steps: Sequence[Observed]) -> None:
+        self._steps = steps
+        self._last: dict[str, Told] = {told.name: told for step in steps for told in step.tensors}
+        self._series: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors that had a gradient at any step."""
+        return tuple(self._last)
+
+    @cached_property
+    def told(self) -> tuple[Told, ...]:
+        """What was last known of each."""
+        return tuple(self._last.values())
+
+    @cached_property
+    def numels(self) -> Tensor:
+        """float64 [tensors]"""
+        return torch.tensor([told.numel for told in self.told], dtype=torch.float64)
+
+    def step(self, index: int) -> int:
+        """Which call of ``step()`` one of these was."""
+        return self._steps[index].step
+
+    def each(self, metric: str) -> Tensor:
+        """One of ``METRICS``: float64 [steps, tensors]."""
+        return self._kept(metric, lambda step: step.each[metric])
+
+    def given(self, field: str) -> Tensor:
+        """A number of ``Told``: float64 [steps, tensors]."""
+        return self._kept(field, lambda step: _numbers(step, field))
+
+    def total(self, metric: str) -> Tensor:
+        """float64 [steps]"""
+        return torch.tensor([step.total.get(metric, nan) for step in self._steps], dtype=torch.float64)
+
+    def _kept(self, name: str, values: Callable[[Observed], Tensor]) -> Tensor:
+        if name not in self._series:
+            self._series[name] = self._aligned([values(step) for step in self._steps])
+        return self._series[name]
+
+    def _aligned(self, rows: Sequence[Tensor]) -> Tensor:
+        found = torch.full((len(self._steps), len(self._last)), nan, dtype=torch.float64)
+        for index, (row, columns) in enumerate(zip(rows, self._columns, strict=True)):
+            found[index, columns] = row
+        return found
+
+    @cached_property
+    def _columns(self) -> list[Tensor]:
+        """Of each step, where its tensors stand among all."""
+        place = {name: index for index, name in enumerate(self._last)}
+        return [
+            torch.tensor([place[told.name] for told in step.tensors], dtype=torch.long)
+            for step in self._steps
+        ]
+
+
+def _numbers(step: Observed, field: str) -> Tensor:
+    return torch.tensor([getattr(told, field) for told in step.tensors], dtype=torch.float64)
+
+
+def streak(held: Tensor) -> Tensor:
+    """For how many steps up to the last one something has held. bool [steps, ...] to int64 [...]."""
+    return held.flip(0).long().cumprod(0).sum(0)
