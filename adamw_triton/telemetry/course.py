@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamw_triton.telemetry.observed import Observed, Told
+from adamw_triton_kernels.work import NEAREST, Hyper
 
 
 class Course:
@@ -41,21 +42,43 @@ class Course:
         """float64 [tensors]"""
         return torch.tensor([told.numel for told in self.told], dtype=torch.float64)
 
+    @cached_property
+    def rounded(self) -> Tensor:
+        """Which weights are of 16 bits and rounded to nearest. bool [tensors]"""
+        kinds = [told.weights == NEAREST and told.dtype.itemsize == 2 for told in self.told]
+        return torch.tensor(kinds, dtype=torch.bool)
+
     def step(self, index: int) -> int:
         """Which call of ``step()`` one of these was."""
         return self._steps[index].step
 
+    def total(self, metric: str) -> Tensor:
+        """One of ``METRICS``: float64 [steps]"""
+        return torch.tensor([step.total.get(metric, nan) for step in self._steps], dtype=torch.float64)
+
     def each(self, metric: str) -> Tensor:
-        """One of ``METRICS``: float64 [steps, tensors]."""
+        """One of ``METRICS``: float64 [steps, tensors]"""
         return self._kept(metric, lambda step: step.each[metric])
 
-    def given(self, field: str) -> Tensor:
-        """A number of ``Told``: float64 [steps, tensors]."""
-        return self._kept(field, lambda step: _numbers(step, field))
+    def hyper(self, name: str) -> Tensor:
+        """A number of ``Hyper``: float64 [steps, tensors]"""
+        return self._kept(name, lambda step: step.hyper[:, Hyper._fields.index(name)])
 
-    def total(self, metric: str) -> Tensor:
+    @cached_property
+    def lr(self) -> Tensor:
+        """float64 [steps, tensors]. Where only the GPU knows it, what the step made of it."""
+        told = self._kept("lr", lambda step: _numbers([each.lr for each in step.tensors]))
+        return torch.where(told.isnan(), self.hyper("step_size"), told)
+
+    @cached_property
+    def highest_lr(self) -> Tensor:
         """float64 [steps]"""
-        return torch.tensor([step.total.get(metric, nan) for step in self._steps], dtype=torch.float64)
+        return self.lr.nan_to_num(0.0).amax(1)
+
+    @cached_property
+    def weight_decay(self) -> Tensor:
+        """float64 [steps, tensors]"""
+        return self._kept("weight_decay", lambda step: _numbers([each.weight_decay for each in step.tensors]))
 
     def _kept(self, name: str, values: Callable[[Observed], Tensor]) -> Tensor:
         if name not in self._series:
@@ -78,10 +101,10 @@ class Course:
         ]
 
 
-def _numbers(step: Observed, field: str) -> Tensor:
-    return torch.tensor([getattr(told, field) for told in step.tensors], dtype=torch.float64)
+def _numbers(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def streak(held: Tensor) -> Tensor:
-    """For how many steps up to the last one something has held. bool [steps, ...] to int64 [...]."""
+    """For how many steps up to the last one something has held. bool [steps, ...] to int64 [...]"""
     return held.flip(0).long().cumprod(0).sum(0)
