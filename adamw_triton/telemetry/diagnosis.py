@@ -28,18 +28,18 @@ RULES = {
     "lr_high": Rule(
         updates.lr_high,
         "The learning rate is too high",
-        "Within five steps, updates moved the weights as far as these are long; by rule of thumb a step moves "
-        "them by a thousandth.",
+        "Within five steps, updates moved the weights as far as these are long; by rule of thumb a step "
+        "moves them by a thousandth.",
         "A tenth to a hundredth of the lr, and a warm-up.",
         ("decay_strong", "exploding", "diverging", "nonfinite", "dead"),
     ),
     "exploding": Rule(
         gradients.exploding,
         "The gradients of a layer explode",
-        "They are many times what they were, and those of the other tensors are not: the fault is there, or in "
-        "what this layer is given.",
-        "A lower lr in a group of its own, adaptive_clip=1.05, which holds each tensor to its own average; look "
-        "for a missing normalization.",
+        "They are many times what they were, and those of the other tensors are not: the fault is there, or "
+        "in what this layer is given.",
+        "A lower lr in a group of its own, adaptive_clip=1.05, which holds each tensor to its own average; "
+        "look for a missing normalization.",
         ("diverging", "nonfinite"),
     ),
     "diverging": Rule(
@@ -52,57 +52,57 @@ RULES = {
     "nonfinite": Rule(
         gradients.nonfinite,
         "Gradients are NaN or infinite",
-        "A batch gave NaN or Inf while norms were as usual: a broken sample, a division or logarithm of zero, an "
-        "overflow of 16 bits. What is not skipped makes weights NaN for good.",
+        "A batch gave NaN or Inf while norms were as usual: a broken sample, a division or logarithm of "
+        "zero, an overflow of 16 bits. What is not skipped makes weights NaN for good.",
         'nonfinite="skip", or "raise" to stop there; look at the batch of that step; go back to a checkpoint if '
         "the step was not skipped.",
     ),
     "ranks_differ": Rule(
         gradients.ranks_differ,
         "Ranks differ",
-        "Gradients or weights of the same step are others on other ranks: gradients are not averaged (no_sync, a "
-        "model that was not wrapped), or replicas began from other weights.",
+        "Gradients or weights of the same step are others on other ranks: gradients are not averaged "
+        "(no_sync, a model that was not wrapped), or replicas began from other weights.",
         "Call backward on the wrapped model; broadcast the weights from one rank; the same lr on all.",
     ),
     "decay_strong": Rule(
         updates.decay_strong,
         "Weight decay is too strong",
-        "It is the larger part of what updates take from the weights, in most of the tensors that decay: it pulls "
-        "them to zero faster than gradients build them.",
+        "It is the larger part of what updates take from the weights, in most of the tensors that decay: it "
+        "pulls them to zero faster than gradients build them.",
         "weight_decay of 0.01 to 0.1: it is multiplied by lr, and not added to gradients as Adam's is.",
         ("lr_high", "dead", "diverging", "eps_floor"),
     ),
     "all_lost": Rule(
         updates.all_lost,
         "Every update is lost to rounding",
-        "Weights of 16 bits stand still: updates are smaller than half of the last bit (bf16: 0.2% to 0.4% of a "
-        "weight), and rounding to nearest undoes each.",
-        "master_weights=True keeps weights exactly; stochastic_rounding=True costs no memory (bf16); a higher lr "
-        "if update_ratio is far below 1e-3.",
+        "Weights of 16 bits stand still: updates are smaller than half of the last bit (bf16: 0.2% to 0.4% "
+        "of a weight), and rounding to nearest undoes each.",
+        "master_weights=True keeps weights exactly; stochastic_rounding=True costs no memory (bf16); a "
+        "higher lr if update_ratio is far below 1e-3.",
         ("lost_updates", "lr_low"),
     ),
     "lost_updates": Rule(
         updates.lost_updates,
         "Most updates are lost to rounding",
-        "The learning rate is too low for weights of 16 bits: most updates are smaller than half of the last bit "
-        "(bf16: 0.2% to 0.4% of a weight), and rounding to nearest undoes them.",
-        "master_weights=True keeps weights exactly; stochastic_rounding=True costs no memory (bf16); a higher lr "
-        "if update_ratio is far below 1e-3.",
+        "The learning rate is too low for weights of 16 bits: most updates are smaller than half of the last "
+        "bit (bf16: 0.2% to 0.4% of a weight), and rounding to nearest undoes them.",
+        "master_weights=True keeps weights exactly; stochastic_rounding=True costs no memory (bf16); a "
+        "higher lr if update_ratio is far below 1e-3.",
         ("lr_low",),
     ),
     "no_gradient": Rule(
         gradients.no_gradient,
         "All gradients are zero",
-        "zero_grad(set_to_none=False) between backward and step, a loss that does not depend on the weights, or "
-        "gradients too small for fp16.",
+        "zero_grad(set_to_none=False) between backward and step, a loss that does not depend on the weights, "
+        "or gradients too small for fp16.",
         "Zero gradients after the step; loss.requires_grad; a gradient scaler with fp16.",
         ("lr_low", "decay_strong", "eps_floor"),
     ),
     "eps_floor": Rule(
         updates.eps_floor,
         "Gradients are too small for eps",
-        "The root of v is below eps in most of the weights: the step is no longer in proportion to lr, but to the "
-        "gradient.",
+        "The root of v is below eps in most of the weights: the step is no longer in proportion to lr, but "
+        "to the gradient.",
         "eps=1e-12 or less; do not divide the loss by more than the batch.",
         ("lr_low", "lost_updates", "all_lost"),
     ),
@@ -122,15 +122,15 @@ RULES = {
     "frozen": Rule(
         gradients.frozen,
         "Tensors do not train though their neighbours do",
-        "They have no gradient: requires_grad is False, or the loss does not depend on them (detach, no_grad, a "
-        "layer that is not called).",
+        "They have no gradient: requires_grad is False, or the loss does not depend on them (detach, "
+        "no_grad, a layer that is not called).",
         "requires_grad_(True); if it is meant, leave them out of the optimizer.",
     ),
     "code_floor": Rule(
         updates.code_floor,
         "8-bit state is too coarse for v",
-        "Within blocks v spans more than its codes do: many elements are at the lowest, and taken for larger, so "
-        "that their steps are too small.",
+        "Within blocks v spans more than its codes do: many elements are at the lowest, and taken for "
+        "larger, so that their steps are too small.",
         'A group of these with "state_bits": 32, or block_size=128.',
     ),
     "decay_off": Rule(
@@ -162,7 +162,7 @@ def diagnose(
         for kind, finding in made.items()
         if kind not in causes
     ]
-    return Report(tuple(findings), tuple(step.step for step in seen.steps), tuple(_notes(seen)))
+    return Report(tuple(findings), tuple(step.step for step in seen.steps), tuple(_notes(seen, findings)))
 
 
 def _finding(rule: Rule, kind: str, symptom: Symptom) -> Finding:
@@ -191,9 +191,9 @@ def _renamed(step: Observed, names: Mapping[str, str]) -> Observed:
     return replace(step, tensors=tensors, idle=tuple(names.get(name, name) for name in step.idle))
 
 
-def _notes(seen: Seen) -> Iterator[str]:
+def _notes(seen: Seen, findings: Sequence[Finding]) -> Iterator[str]:
     if 0 < len(seen.steps) < PATIENCE:
         yield f"Most of what can be wrong takes {PATIENCE} steps to show."
-    idle = set(seen.steps[-1].idle).difference(seen.clean.names) if seen.steps else ()
-    if idle:
+    idle = set(seen.steps[-1].idle) if seen.steps else set()
+    if idle := idle.difference(seen.clean.names, *(finding.tensors for finding in findings)):
         yield f"Parameters without a gradient in any of these steps, as if frozen: {len(idle)}."

@@ -30,7 +30,7 @@ def nonfinite(seen: Seen) -> Symptom | None:
     counts = {name: first.total[name] for name in ("nan_count", "inf_count")}
     skipped = sum(step.total["clip_coefficient"] == 0 for step in seen.broken)
     numbers = {**counts, "steps": len(seen.broken), "of them skipped": skipped}
-    return Symptom(first.step, numbers, worst_first(Course([first]), bad > 0, bad))
+    return Symptom(first.step, numbers, worst_first(Course([first]), bad > 0, bad) if bad.min() == 0 else ())
 
 
 def diverging(seen: Seen) -> Symptom | None:

@@ -36,7 +36,7 @@ class Finding:
 
     @property
     def measured(self) -> str:
-        return ", ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
+        return ", ".join(f"{name} {_shown(value)}" for name, value in self.numbers.items())
 
     @property
     def where(self) -> str:
@@ -150,6 +150,10 @@ def _wrapped(label: str, text: str) -> list[str]:
 def _row(cells: tuple[str, ...], tag: str) -> str:
     style = "text-align: left; vertical-align: top; white-space: pre-line"
     return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() and value < 1e9 else f"{value:.3g}"
 
 
 def _count(number: int, noun: str) -> str:

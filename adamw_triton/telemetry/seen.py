@@ -19,8 +19,8 @@ from adamw_triton.telemetry.course import Course, streak
 from adamw_triton.telemetry.observed import Observed
 
 PATIENCE = 10
-"""Steps that something has to last. Spikes that recover, as AdaGC and ZClip (arXiv:2502.11034, 2504.02507)
-show them, are over sooner; and what is to be named within 20 steps leaves no room for more than twice this."""
+"""Steps that something has to last: spikes that recover, as AdaGC and ZClip (arXiv:2502.11034, 2504.02507) show
+them, are over sooner. And what is wrong is to be named within 20."""
 STEADY = 0.9
 """What the lowest learning rate has to be of the highest for no warm-up, and no end of a schedule."""
 

@@ -20,8 +20,8 @@ MOSTLY = 0.5
 EVERYTHING, STILL = 0.99, 0.9
 """Of a tensor's elements those whose update is lost, and of all elements those of such tensors."""
 FAST_DECAY = 1e-4
-"""lr*weight_decay: without gradients, weights would be gone in ten thousand steps. Language models are trained
-with 3e-4*0.1 = 3e-5."""
+"""lr*weight_decay: without gradients, weights would be gone in ten thousand steps. 3e-4*0.1, as language models
+are trained, is a third of it."""
 WEIGHTY = 0.01
 """Of the largest tensor's elements: what has less is a norm or a bias."""
 MEANT = 1e-6
@@ -120,8 +120,8 @@ def _of_lost(course: Course, which: Tensor) -> Symptom | None:
         "update_ratio": float(course.total("update_ratio")[-1]),
         "lr": float(course.highest_lr[-1]),
     }
-    step = lasting(course, which & (lost > 0))[1]
-    return Symptom(step, numbers, worst_first(course, which, lost[-1]))
+    lasted = int(streak(lost > MOSTLY)[which].max().clamp(min=PATIENCE))
+    return Symptom(course.step(-lasted), numbers, worst_first(course, which, lost[-1]))
 
 
 def _still(course: Course) -> Tensor:
