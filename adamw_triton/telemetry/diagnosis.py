@@ -28,8 +28,8 @@ RULES = {
     "lr_high": Rule(
         updates.lr_high,
         "The learning rate is too high",
-        "Within five steps, updates moved the weights as far as these are long; by rule of thumb a step "
-        "moves them by a thousandth.",
+        "Within five steps, updates moved the weights as far as these are long, where by rule of thumb a "
+        "step moves them by a thousandth; or weights have grown until decay alone holds them.",
         "A tenth to a hundredth of the lr, and a warm-up.",
         ("decay_strong", "exploding", "diverging", "nonfinite", "dead"),
     ),
@@ -54,8 +54,8 @@ RULES = {
         "Gradients are NaN or infinite",
         "A batch gave NaN or Inf while norms were as usual: a broken sample, a division or logarithm of "
         "zero, an overflow of 16 bits. What is not skipped makes weights NaN for good.",
-        'nonfinite="skip", or "raise" to stop there; look at the batch of that step; go back to a checkpoint if '
-        "the step was not skipped.",
+        'nonfinite="skip", or "raise" to stop there; look at the batch of that step; go back to a checkpoint '
+        "if the step was not skipped.",
     ),
     "ranks_differ": Rule(
         gradients.ranks_differ,
@@ -109,7 +109,8 @@ RULES = {
     "lr_low": Rule(
         updates.lr_low,
         "The learning rate is too low",
-        "Updates are a ten-millionth of the weights or less; by rule of thumb a step moves them by a thousandth.",
+        "Updates are a ten-millionth of the weights or less; by rule of thumb a step moves them by a "
+        "thousandth.",
         "A higher lr; look at what the scheduler has made of it.",
     ),
     "dead": Rule(
@@ -136,11 +137,14 @@ RULES = {
     "decay_off": Rule(
         updates.decay_off,
         "Weight decay is off where others have it",
-        "Most tensors of that name in other layers decay, and these do not: they slipped into the group without.",
+        "Most tensors of that name in other layers decay, and these do not: they slipped into the group "
+        "without.",
         "adamw_triton.param_groups(model) tells by structure what is to decay.",
     ),
 }
 KINDS = tuple(RULES)
+SLACK = 5
+"""Steps by which a cause may show later than what comes of it, as their limits differ."""
 
 
 def diagnose(
@@ -174,7 +178,7 @@ def _causes(shown: Mapping[str, Symptom]) -> dict[str, str]:
     causes: dict[str, str] = {}
     for kind, symptom in shown.items():
         for effect in RULES[kind].leads_to:
-            later = effect in shown and symptom.step <= shown[effect].step
+            later = effect in shown and symptom.step <= shown[effect].step + SLACK
             if later and kind not in causes:
                 causes.setdefault(effect, kind)
     return causes

@@ -12,15 +12,14 @@ from functools import cached_property
 from math import isfinite
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from adamw_triton.telemetry.course import Course, streak
 from adamw_triton.telemetry.observed import Observed
 
 PATIENCE = 10
-"""Steps that something has to last: spikes that recover, as AdaGC and ZClip (arXiv:2502.11034, 2504.02507) show
-them, are over sooner. And what is wrong is to be named within 20."""
+"""Steps that something has to last. Spikes that recover are over sooner (AdaGC, arXiv:2502.11034; ZClip,
+arXiv:2504.02507), and what is wrong is to be named within 20."""
 STEADY = 0.9
 """What the lowest learning rate has to be of the highest for no warm-up, and no end of a schedule."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import inf
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ MOSTLY = 0.5
 EVERYTHING, STILL = 0.99, 0.9
 """Of a tensor's elements those whose update is lost, and of all elements those of such tensors."""
 FAST_DECAY = 1e-4
-"""lr*weight_decay: without gradients, weights would be gone in ten thousand steps. 3e-4*0.1, as language models
-are trained, is a third of it."""
+"""lr*weight_decay: without gradients, weights would be gone in ten thousand steps. Where language models are
+trained with 3e-4*0.1, it takes three times as many."""
+USUAL_DECAY = 0.3
+"""The highest weight_decay in well-known recipes (vision transformers'). If less is too strong, lr is."""
 WEIGHTY = 0.01
 """Of the largest tensor's elements: what has less is a norm or a bias."""
 MEANT = 1e-6
@@ -32,7 +35,11 @@ runs have next to none."""
 
 
 def lr_high(seen: Seen) -> Symptom | None:
-    ratios = seen.clean.total("update_ratio")
+    return _moved_far(seen.clean) or _decays_fast(seen.clean, below=USUAL_DECAY)
+
+
+def _moved_far(course: Course) -> Symptom | None:
+    ratios = course.total("update_ratio")
     # Weights that are all zero at first are moved farther than they are long by any learning rate.
     if len(ratios) < STEPS or not ratios.isfinite().all():
         return None
@@ -41,8 +48,8 @@ def lr_high(seen: Seen) -> Symptom | None:
         return None
     first = int(moved.long().argmax())
     worst = first + int(ratios[first : first + STEPS].argmax())
-    numbers = {"update_ratio": float(ratios[worst]), "lr": float(seen.clean.highest_lr[worst])}
-    return Symptom(seen.clean.step(first), numbers)
+    numbers = {"update_ratio": float(ratios[worst]), "lr": float(course.highest_lr[worst])}
+    return Symptom(course.step(first), numbers)
 
 
 def lr_low(seen: Seen) -> Symptom | None:
@@ -55,18 +62,23 @@ def lr_low(seen: Seen) -> Symptom | None:
 
 
 def decay_strong(seen: Seen) -> Symptom | None:
-    course = seen.clean
+    return _decays_fast(seen.clean, above=USUAL_DECAY)
+
+
+def _decays_fast(course: Course, *, above: float = 0.0, below: float = inf) -> Symptom | None:
+    """By a weight_decay in these limits."""
     if len(course) < PATIENCE:
         return None
-    gone = course.lr * course.weight_decay
-    decayed = (course.numels >= WEIGHTY * course.numels.max()) & (gone[-1] > 0)
-    strong, step = lasting(course, decayed & (gone > FAST_DECAY) & (course.each("decay_share") > MOSTLY))
+    decay = course.weight_decay
+    decayed = (course.numels >= WEIGHTY * course.numels.max()) & (decay[-1] > above) & (decay[-1] <= below)
+    fast = (course.lr * decay > FAST_DECAY) & (course.each("decay_share") > MOSTLY)
+    strong, step = lasting(course, decayed & fast)
     # A few alone may be embeddings, of large weights and rare tokens.
     if not strong.any() or strong.sum() <= MOSTLY * decayed.sum():
         return None
     numbers = {
         "decay_share": float(course.total("decay_share")[-1]),
-        "weight_decay": float(course.weight_decay[-1, strong].max()),
+        "weight_decay": float(decay[-1, strong].max()),
         "lr": float(course.highest_lr[-1]),
     }
     return Symptom(step, numbers, worst_first(course, strong, course.each("decay_share")[-1]))
@@ -128,7 +140,7 @@ def _still(course: Course) -> Tensor:
     """Which tensors updates have left as they were for long. An element without any update is not lost, and
     of rare tokens there are many: that the norm is the same to the bit says it of these. bool [tensors]"""
     lost, norms = course.each("lost_share")[-PATIENCE:], course.each("weight_norm")[-PATIENCE - 1 :]
-    if len(norms) <= PATIENCE:
+    if len(lost) < PATIENCE:
         return torch.zeros_like(course.rounded)
     same = (norms == norms[-1]).all(0) & (lost > 0).all(0)
     return course.rounded & (same | (lost >= EVERYTHING).all(0))
