@@ -46,8 +46,9 @@ def _moved_far(course: Course) -> Symptom | None:
     moved = ratios.unfold(0, STEPS, 1).sum(1) >= FAR
     if not moved.any():
         return None
-    first = int(moved.long().argmax())
-    worst = first + int(ratios[first : first + STEPS].argmax())
+    begin = int(moved.long().argmax())
+    window = ratios[begin : begin + STEPS]
+    first, worst = begin + int((window >= FAR / STEPS).long().argmax()), begin + int(window.argmax())
     numbers = {"update_ratio": float(ratios[worst]), "lr": float(course.highest_lr[worst])}
     return Symptom(course.step(first), numbers)
 
