@@ -130,8 +130,8 @@ RULES = {
     "code_floor": Rule(
         updates.code_floor,
         "8-bit state is too coarse for v",
-        "Within blocks v spans more than its codes do: many elements are at the lowest, and taken for "
-        "larger, so that their steps are too small.",
+        "Half of its codes are the lowest: within blocks v spans more than codes do, and small elements are "
+        "taken for larger, so that they hardly move; or most units get no gradient.",
         'A group of these with "state_bits": 32, or block_size=128.',
     ),
     "decay_off": Rule(

@@ -153,7 +153,7 @@ def _row(cells: tuple[str, ...], tag: str) -> str:
 
 
 def _shown(value: float) -> str:
-    return f"{value:,.0f}" if value.is_integer() and value < 1e9 else f"{value:.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() and value < 1e9 else f"{value:.3g}"
 
 
 def _count(number: int, noun: str) -> str:

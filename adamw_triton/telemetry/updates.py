@@ -29,9 +29,8 @@ WEIGHTY = 0.01
 """Of the largest tensor's elements: what has less is a norm or a bias."""
 MEANT = 1e-6
 """An eps above it is meant to matter."""
-FLOORED = 0.25
-"""Of v's codes those at the floor, but for as many as m's at zero: there is no update to be spoiled. Healthy
-runs have next to none."""
+FLOORED = 0.5
+"""Of v's codes those at the floor. Healthy layers have under 0.01."""
 
 
 def lr_high(seen: Seen) -> Symptom | None:
@@ -162,12 +161,13 @@ def eps_floor(seen: Seen) -> Symptom | None:
 
 
 def code_floor(seen: Seen) -> Symptom | None:
+    """In layers: outside of them there are embeddings, which have the floor for tokens that never came."""
     course = seen.clean
-    harmed = course.each("bottom_share") - course.each("zero_share")
-    floored, step = lasting(course, harmed > FLOORED)
+    shares = course.each("bottom_share")
+    layers = torch.tensor([any(families(name)) for name in course.names], dtype=torch.bool)
+    floored, step = lasting(course, layers & (shares > FLOORED))
     if not floored.any():
         return None
-    names = worst_first(course, floored, harmed[-1])
-    worst = course.names.index(names[0])
-    shown = ("bottom_share", "zero_share")
-    return Symptom(step, {name: float(course.each(name)[-1, worst]) for name in shown}, names)
+    return Symptom(
+        step, {"bottom_share": float(shares[-1, floored].max())}, worst_first(course, floored, shares[-1])
+    )

@@ -75,9 +75,8 @@ def _row(numbers: dict[str, Any]) -> tuple[list[float], list[float]]:
         "nan": numbers.get("nan_count", 0),
         "inf": numbers.get("inf_count", 0),
         "factor": numbers["factor"],
+        "bottom": numbers.get("bottom_share", 0.0) * numbers["numel"] / SAMPLED,
     }
-    for code in ("bottom", "zero"):
-        columns[code] = numbers.get(f"{code}_share", 0.0) * numbers["numel"] / SAMPLED
     for column, value in columns.items():
         row[COLUMN[column]] = value
     return row, [1.0, 0.1, 0.001, 1.0, numbers["eps"], step_size, numbers["weight_decay"]]

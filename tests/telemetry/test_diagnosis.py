@@ -73,9 +73,7 @@ SICK = {
     "a norm that overflows": Sick("nonfinite", begins(grad_norm=math.inf)),
     "one batch is skipped": Sick("nonfinite", lambda step, name: SKIPPED if step == BEGIN else {}),
     "v below eps": Sick("eps_floor", begins(exp_avg_sq_mean=1e-18), NAMES),
-    "codes at the floor": Sick(
-        "code_floor", begins(BLOCK[1:2], {"bits": 8}, bottom_share=0.7, zero_share=0.2), BLOCK[1:2]
-    ),
+    "codes at the floor": Sick("code_floor", begins(BLOCK[1:2], {"bits": 8}, bottom_share=0.7), BLOCK[1:2]),
     "a layer without decay": Sick(
         "decay_off", lambda step, name: {"weight_decay": 0.0} if name == BLOCK[1] else {}, BLOCK[1:2], 1
     ),
@@ -139,7 +137,7 @@ WELL: dict[str, Plant] = {
     "nothing decays": lambda step, name: {"weight_decay": 0.0},
     "a bias without effect": lambda s, n: {"exp_avg_sq_mean": 1e-20} if "norm" in n else {},
     "an eps that is meant": lambda step, name: {"eps": 1e-3},
-    "rare tokens in 8 bits": lambda s, n: {"bits": 8, "bottom_share": 0.8, "zero_share": 0.8},
+    "rare tokens in 8 bits": lambda s, n: {"bits": 8, "bottom_share": 0.8 * ("token" in n)},
     "lr is on the GPU": lambda step, name: {"lr": math.nan, "step_size": 1e-3},
     "sometimes no gradient at all": lambda step, name: IDLE if step % 3 else {},
 }
