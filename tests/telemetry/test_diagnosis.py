@@ -11,6 +11,7 @@ import torch
 from adamw_triton.telemetry.diagnosis import KINDS, RULES, diagnose
 from adamw_triton.telemetry.observed import Observed
 from adamw_triton.telemetry.report import Report
+from adamw_triton_kernels.work import SKIP
 from tests.telemetry.planted import IDLE, NAMES, SKIPPED, Plant, history
 
 BEGIN, STEPS = 15, 35
@@ -33,6 +34,10 @@ def begins(names: tuple[str, ...] = NAMES, always: dict[str, Any] | None = None,
 def grown(factor: float, names: tuple[str, ...] = NAMES) -> Plant:
     """Gradients, by that factor at every step."""
     return lambda step, name: {"grad_norm": factor ** max(0, step - BEGIN + 1) if name in names else 1.0}
+
+
+def grown_apart(step: int, name: str) -> dict[str, Any]:
+    return {"grad_norm": (3.0 if name == NAMES[3] else 1.5) ** max(0, step - BEGIN + 1)}
 
 
 class Sick(NamedTuple):
@@ -60,6 +65,9 @@ SICK = {
     "a tensor is dead": Sick("dead", begins(BLOCK[:1], grad_norm=0.0), BLOCK[:1]),
     "all gradients are zero": Sick("no_gradient", begins(grad_norm=0.0)),
     "a layer has stopped": Sick("frozen", lambda s, n: IDLE if s >= BEGIN and n in BLOCK else {}, BLOCK),
+    "the embedding has stopped": Sick(
+        "frozen", lambda s, n: IDLE if s >= BEGIN and n == NAMES[0] else {}, NAMES[:1]
+    ),
     "a layer was left out": Sick("frozen", lambda s, n: IDLE if n in BLOCK else {}, BLOCK, 1),
     "gradients grow": Sick("diverging", grown(1.5), step=BEGIN + 4),
     "gradients grow, then NaN": Sick(
@@ -68,10 +76,15 @@ SICK = {
         step=31,
     ),
     "one layer's gradients grow": Sick("exploding", grown(2.0, BLOCK[:2]), BLOCK[:2], BEGIN + 5),
+    "all gradients grow, one's most": Sick("diverging", grown_apart, step=BEGIN + 3),
+    "those of many layers grow": Sick("diverging", grown(2.0, NAMES[:5]), step=BEGIN + 3),
     "NaN in a batch": Sick("nonfinite", begins(grad_norm=math.nan, nan_count=7)),
     "one Inf": Sick("nonfinite", begins(BLOCK[1:2], grad_norm=math.inf, inf_count=1), BLOCK[1:2]),
     "a norm that overflows": Sick("nonfinite", begins(grad_norm=math.inf)),
     "one batch is skipped": Sick("nonfinite", lambda step, name: SKIPPED if step == BEGIN else {}),
+    "one is skipped, of which nothing is known": Sick(
+        "nonfinite", lambda step, name: {"factor": SKIP} if step == BEGIN else {}
+    ),
     "v below eps": Sick("eps_floor", begins(exp_avg_sq_mean=1e-18), NAMES),
     "codes at the floor": Sick("code_floor", begins(BLOCK[1:2], {"bits": 8}, bottom_share=0.7), BLOCK[1:2]),
     "a layer without decay": Sick(
@@ -134,11 +147,20 @@ WELL: dict[str, Plant] = {
     "the base is frozen": lambda step, name: IDLE if name in BASE else {},
     "an embedding that decays": lambda s, n: {"lr": 3e-3, "weight_norm": 99.0} if "token" in n else {},
     "norms do not decay": lambda step, name: {"weight_decay": 0.0} if "norm" in name else {},
+    "one layer alone decays": lambda s, n: {} if n in BLOCK else {"weight_decay": 0.0},
     "nothing decays": lambda step, name: {"weight_decay": 0.0},
     "a bias without effect": lambda s, n: {"exp_avg_sq_mean": 1e-20} if "norm" in n else {},
-    "an eps that is meant": lambda step, name: {"eps": 1e-3},
+    "an eps that is meant": lambda step, name: {"eps": 1e-2},
     "rare tokens in 8 bits": lambda s, n: {"bits": 8, "bottom_share": 0.8 * ("token" in n)},
     "lr is on the GPU": lambda step, name: {"lr": math.nan, "step_size": 1e-3},
+    "lr is on the GPU, and warms up": lambda step, name: {
+        "lr": math.nan,
+        "step_size": warm_up(step),
+        "update_norm": 1e-9,
+    },
+    "a layer without lr in bf16": lambda step, name: (
+        {**BF16, "lr": 0.0, "update_norm": 0.0, "weight_norm": 10.0} if name in BLOCK else {}
+    ),
     "sometimes no gradient at all": lambda step, name: IDLE if step % 3 else {},
 }
 
@@ -235,6 +257,6 @@ def test_names_of_a_model() -> None:
 
 def test_places_in_a_list_are_no_layers() -> None:
     """Who passed no names has "0.3": parameters of which nothing says that they are alike."""
-    places = {name: f"0.{index}" for index, name in enumerate(NAMES)}
+    places = {name: f"{index % 2}.{index // 2}" for index, name in enumerate(NAMES)}
     for name in ("a layer was left out", "a layer without decay"):
         assert diagnose(history(STEPS, SICK[name].plant), names=places).healthy
