@@ -101,9 +101,9 @@ RULES = {
     "eps_floor": Rule(
         updates.eps_floor,
         "Gradients are too small for eps",
-        "The root of v is below eps in most of the weights: the step is no longer in proportion to lr, but "
-        "to the gradient.",
-        "eps=1e-12 or less; do not divide the loss by more than the batch.",
+        "The root of v is below eps in most of the weights: eps is what gradients are divided by, and steps "
+        "shrink with them.",
+        "eps=1e-12; do not divide the loss by more than the batch.",
         ("lr_low", "lost_updates", "all_lost"),
     ),
     "lr_low": Rule(
