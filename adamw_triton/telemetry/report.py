@@ -109,10 +109,9 @@ class Report:
         if self.findings:
             drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
             for column in COLUMNS:
-                drawn.add_column(column)
+                drawn.add_column(column, overflow="fold")
             for finding in self.findings:
-                first, *others = _cells(finding)
-                drawn.add_row(Text(first, "bold"), *map(Text, others))
+                drawn.add_row(*map(Text, _cells(finding)))
             parts.append(drawn)
         return Group(*parts, *[Text(note, "dim") for note in self.notes])
 
@@ -123,12 +122,13 @@ class Report:
         return f"<div><b>{html.escape(self.title)}</b>{table if rows else ''}{notes}</div>"
 
 
-COLUMNS = ("what stands out", "since step", "where", "likely cause", "what to try")
+COLUMNS = ("what stands out", "likely cause", "what to try")
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:
-    what = "\n".join([finding.title, finding.measured, *(f"Led to: {each.seen}" for each in finding.led_to)])
-    return what, str(finding.step), finding.where or "all together", finding.cause, finding.remedy
+    said = [("Since step", str(finding.step)), *_details(finding)]
+    shown = [f"{label}: {text}" if label else text for label, text in said if label not in ("Likely", "Try")]
+    return "\n".join([finding.title, *shown]), finding.cause, finding.remedy
 
 
 def _details(finding: Finding) -> Iterator[tuple[str, str]]:

@@ -78,6 +78,7 @@ def test_rich(name: str) -> None:
         drawn = console.export_text()
         assert all(len(line) <= width for line in drawn.splitlines())
         assert squeezed(REPORTS[name].title) in squeezed(drawn)
+        assert "…" not in drawn
 
 
 def test_html_escapes_names() -> None:
