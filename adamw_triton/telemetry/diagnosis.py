@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from adamw_triton.telemetry import gradients, updates
 from adamw_triton.telemetry.observed import Observed
 from adamw_triton.telemetry.report import Finding, Report
@@ -167,6 +169,13 @@ def diagnose(
         if kind not in causes
     ]
     return Report(tuple(findings), tuple(step.step for step in seen.steps), tuple(_notes(seen, findings)))
+
+
+def of_all_ranks(history: Sequence[Observed]) -> list[Observed]:
+    """The newest step, as each rank of the default process group has seen it. All of them have to ask."""
+    found: list[Observed | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, history[-1] if history else None)
+    return [step for step in found if step is not None]
 
 
 def _finding(rule: Rule, kind: str, symptom: Symptom) -> Finding:

@@ -42,7 +42,7 @@ class Watched:
         found = [
             (self._told(name, param, group), *self._row(param, group, seen, factor))
             for name, param, group, seen in before
-            if param.grad is not None
+            if param.grad is not None and param.numel()
         ]
         idle = tuple(name for name, param, *_ in before if param.grad is None)
         told, rows, hypers = zip(*found, strict=True) if found else ((), (), ())
@@ -54,7 +54,8 @@ class Watched:
             return SKIP
         if self.optimizer.max_grad_norm is None or self.optimizer.grad_norm is None:
             return 1.0
-        return min(1.0, self.optimizer.max_grad_norm / (float(self.optimizer.grad_norm) + 1e-6))
+        factor = self.optimizer.max_grad_norm / (float(self.optimizer.grad_norm) + 1e-6)
+        return 1.0 if factor > 1 else factor
 
     def _seen(self, param: Tensor) -> dict[str, Any]:
         """Copies of what the step reads, and of what it writes."""
@@ -91,18 +92,19 @@ class Watched:
         given, weight = param.grad.double().flatten(), seen["exact"].flatten()
         row[COLUMN["factor"]] = factor
         row[COLUMN["nan"]], row[COLUMN["inf"]] = given.isnan().sum(), given.isinf().sum()
+        gradient = given * hyper.grad_scale * factor
+        row[COLUMN["gradient"]] = given.square().sum()
         if factor == SKIP:
             return row, list(hyper[:-1])
-        gradient = given * hyper.grad_scale * factor
         beta1, beta2 = group["betas"]
         old_m, old_v = seen["moments"]
         m, v = beta1 * old_m + (1 - beta1) * gradient, beta2 * old_v + (1 - beta2) * gradient.square()
         change = m / (v.sqrt() * hyper.inv_root_correction2 + hyper.eps) + hyper.decay * weight
-        squares = {"gradient": gradient, "weight": weight, "change": change, "exp_avg": m}
+        squares = {"weight": weight, "change": change, "exp_avg": m}
         for column, values in squares.items():
             row[COLUMN[column]] = values.square().sum()
         stayed = self._exact(param).flatten() == weight
-        row[COLUMN["exp_avg_sq"]], row[COLUMN["exp_avg_sq_max"]] = v.sum(), v.max() if v.numel() else 0
+        row[COLUMN["exp_avg_sq"]], row[COLUMN["exp_avg_sq_max"]] = v.sum(), torch.where(v == v, v, 0.0).max()
         row[COLUMN["lost"]] = (stayed & (change * hyper.step_size != 0)).sum()
         if "exp_avg_codes" in state:
             codes = state["exp_avg_sq_codes"].flatten()

@@ -15,7 +15,6 @@ from adamw_triton import AdamW
 from adamw_triton.demo.corpus import Batches, load_corpus
 from adamw_triton.demo.model import ByteTransformer
 from adamw_triton.demo.training import LEARNING_RATE, next_byte_loss
-from adamw_triton.telemetry.diagnosis import diagnose
 from adamw_triton.telemetry.report import Report
 
 CONTEXT = 32
@@ -65,7 +64,7 @@ class Run(NamedTuple):
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-            yield step, diagnose(optimizer._statistics.history())
+            yield step, optimizer.diagnose()
 
 
 @cache

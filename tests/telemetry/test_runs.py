@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from adamw_triton import AdamW
-from adamw_triton.telemetry.diagnosis import diagnose
 from tests.telemetry.runs import Run, adapted, demo_schedule
 
 BEGIN = 12
@@ -106,5 +105,5 @@ def test_8_bits_for_gradients_of_many_magnitudes(name: str, decades: float, coar
     for _ in range(12):
         weight.grad = torch.randn(8192) * magnitudes
         optimizer.step()
-    report = diagnose(optimizer._statistics.history())
+    report = optimizer.diagnose()
     assert [finding.kind for finding in report.findings] == ["code_floor"] * coarse, str(report)
