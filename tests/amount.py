@@ -1,0 +1,47 @@
+"""How much of a search or of a table a run of the tests takes: in CI a part of what is long, and more of it
+where the environment asks. ``ADAMW_TRITON_ORDERS=1000`` has a thousand of what a module calls ORDERS;
+``ADAMW_TRITON_SEARCH=1`` has the whole of every table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import given, settings
+
+WHOLE = bool(os.environ.get("ADAMW_TRITON_SEARCH"))
+"""Whether all of every table is asked for."""
+
+
+def asked(what: str, usual: int) -> int:
+    """How many: as ``ADAMW_TRITON_<what>`` has it, or as usual."""
+    return int(os.environ.get(f"ADAMW_TRITON_{what}", usual))
+
+
+def searched(
+    what: str, usual: int, interpreted: int, **strategies: Any
+) -> Callable[[Callable[..., None]], Callable[[str], None]]:
+    """hypothesis' ``given``, for tests of the optimizer: so many examples in plain torch, and so many where
+    the interpreter, which is slow, runs kernels."""
+
+    def decorate(check: Callable[..., None]) -> Callable[[str], None]:
+        def test(backend: str) -> None:
+            count = asked(what, interpreted if backend == "triton" else usual)
+            settings(max_examples=count, deadline=None)(given(**strategies)(check))()
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+def covering(cases: Sequence[dict[str, Any]]) -> list[int]:
+    """Few of these cases, by index: each parameter has each of its values in one of them at least."""
+    wanted = [set(case.items()) for case in cases]
+    missing, chosen = set[tuple[str, Any]]().union(*wanted), []
+    while missing:
+        best = max(range(len(cases)), key=lambda index: len(wanted[index] & missing))
+        missing -= wanted[best]
+        chosen.append(best)
+    return sorted(chosen)
