@@ -5,11 +5,13 @@ where the environment asks. ``ADAMW_TRITON_ORDERS=1000`` has a thousand of what 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 from hypothesis import given, settings
 
+K = TypeVar("K")
 WHOLE = bool(os.environ.get("ADAMW_TRITON_SEARCH"))
 """Whether all of every table is asked for."""
 
@@ -36,12 +38,15 @@ def searched(
     return decorate
 
 
-def covering(cases: Sequence[dict[str, Any]]) -> list[int]:
-    """Few of these cases, by index: each parameter has each of its values in one of them at least."""
-    wanted = [set(case.items()) for case in cases]
-    missing, chosen = set[tuple[str, Any]]().union(*wanted), []
+def covering(cases: Mapping[K, Mapping[str, Hashable]]) -> list[K]:
+    """Few of these cases: each parameter has each of its values in one of them at least, and if there are
+    more, evenly."""
+    values = {key: set(case.items()) for key, case in cases.items()}
+    taken: Counter[tuple[str, Hashable]] = Counter()
+    missing, chosen = set[tuple[str, Hashable]]().union(*values.values()), []
     while missing:
-        best = max(range(len(cases)), key=lambda index: len(wanted[index] & missing))
-        missing -= wanted[best]
+        best = max(values, key=lambda key: (len(values[key] & missing), -sum(taken[v] for v in values[key])))
+        missing -= values[best]
+        taken.update(values[best])
         chosen.append(best)
-    return sorted(chosen)
+    return chosen

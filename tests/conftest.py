@@ -42,16 +42,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of tests that are no matter of arithmetic, interpreted kernels take a part of what plain torch takes."""
+    """Of tests that are no matter of arithmetic, interpreted kernels take a part of what plain torch does."""
     tables: dict[str, dict[pytest.Item, dict[str, int]]] = defaultdict(dict)
     for item in items:
-        if item.get_closest_marker("bookkeeping") and isinstance(item, pytest.Function):
-            if item.callspec.params["backend"] == "triton":
-                tables[item.nodeid.partition("[")[0]][item] = item.callspec.indices
-    gone: set[pytest.Item] = set()
-    for table in tables.values():
-        cases = list(table)
-        gone |= set(cases) - {cases[index] for index in amount.covering(list(table.values()))}
+        values = item.callspec.params if item.get_closest_marker("bookkeeping") else {}  # type: ignore[attr-defined]
+        if values.get("backend") == "triton":
+            test, _, _ = item.nodeid.partition("[")
+            tables[test][item] = {name: id(value) for name, value in values.items()}
+    gone = {item for table in tables.values() for item in set(table) - set(amount.covering(table))}
     if gone:
         config.hook.pytest_deselected(items=list(gone))
         items[:] = [item for item in items if item not in gone]
