@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from itertools import combinations, product
 from typing import Any, TypeVar
 
 from hypothesis import given, settings
@@ -38,15 +39,23 @@ def searched(
     return decorate
 
 
-def covering(cases: Mapping[K, Mapping[str, Hashable]]) -> list[K]:
+def covering(cases: Mapping[K, Mapping[str, Hashable]], together: int = 1) -> list[K]:
     """Few of these cases: each parameter has each of its values in one of them at least, and if there are
-    more, evenly."""
-    values = {key: set(case.items()) for key, case in cases.items()}
-    taken: Counter[tuple[str, Hashable]] = Counter()
-    missing, chosen = set[tuple[str, Hashable]]().union(*values.values()), []
+    more, evenly. ``together``: the same of so many parameters at once."""
+    values = {key: set(combinations(sorted(case.items()), together)) for key, case in cases.items()}
+    taken: Counter[tuple[tuple[str, Hashable], ...]] = Counter()
+    missing, chosen = set[tuple[tuple[str, Hashable], ...]]().union(*values.values()), []
     while missing:
         best = max(values, key=lambda key: (len(values[key] & missing), -sum(taken[v] for v in values[key])))
         missing -= values[best]
         taken.update(values[best])
         chosen.append(best)
     return chosen
+
+
+def some(*table: Iterable[Hashable], together: int = 2) -> list[tuple[Any, ...]]:
+    """Of the product of these, so many that each two values of two are in one at least; or all that is asked
+    for."""
+    whole = list(product(*table))
+    few = covering({case: {str(n): value for n, value in enumerate(case)} for case in whole}, together)
+    return whole if WHOLE else [case for case in whole if case in few]
