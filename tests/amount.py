@@ -1,6 +1,6 @@
-"""How much of a search or of a table a run of the tests takes: in CI a part of what is long, and more of it
-where the environment asks. ``ADAMW_TRITON_ORDERS=1000`` has a thousand of what a module calls ORDERS;
-``ADAMW_TRITON_SEARCH=1`` has the whole of every table."""
+"""How much of a search or of a table a run of the tests takes: usually a part of what is long, and more of it
+where the environment asks. ``ADAMW_TRITON_ORDERS=1000`` makes a thousand of what a module calls ORDERS;
+``ADAMW_TRITON_SEARCH=1`` takes the whole of every table."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import combinations, product
 from typing import Any, TypeVar
-
-from hypothesis import given, settings
 
 K = TypeVar("K")
 WHOLE = bool(os.environ.get("ADAMW_TRITON_SEARCH"))
@@ -28,6 +26,8 @@ def searched(
     """hypothesis' ``given``, for tests of the optimizer: so many examples in plain torch, and so many where
     the interpreter, which is slow, runs kernels."""
 
+    from hypothesis import given, settings
+
     def decorate(check: Callable[..., None]) -> Callable[[str], None]:
         def test(backend: str) -> None:
             count = asked(what, interpreted if backend == "triton" else usual)
@@ -41,8 +41,10 @@ def searched(
 
 def covering(cases: Mapping[K, Mapping[str, Hashable]], together: int = 1) -> list[K]:
     """Few of these cases: each parameter has each of its values in one of them at least, and if there are
-    more, evenly. ``together``: the same of so many parameters at once."""
-    values = {key: set(combinations(sorted(case.items()), together)) for key, case in cases.items()}
+    more, evenly. ``together``: the same of so many parameters at once, or of all."""
+    values = {
+        key: set(combinations(sorted(case.items()), min(together, len(case)))) for key, case in cases.items()
+    }
     taken: Counter[tuple[tuple[str, Hashable], ...]] = Counter()
     missing, chosen = set[tuple[tuple[str, Hashable], ...]]().union(*values.values()), []
     while missing:
