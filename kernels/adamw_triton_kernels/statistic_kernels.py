@@ -92,10 +92,10 @@ def no_codes(SIZE: tl.constexpr):
 
 @triton.jit
 def see_codes(seen, q, new_q, root_v, new_root_v, r, mask, MASKED: tl.constexpr):
-    """``r``: as it is stored."""
+    """``r``: as it is stored; of ``new_q``, what is more or NaN is stored as 255."""
     top, bottom, stalled, zero = seen
-    q, new_q, r = first(q, SAMPLED), first(new_q, SAMPLED), first(r, SAMPLED)
-    is_top, is_bottom, is_zero = new_q >= 255, new_q == 1, r == 0
+    q, new_q, r = first(q, SAMPLED), tl.minimum(first(new_q, SAMPLED), 255.0), first(r, SAMPLED)
+    is_top, is_bottom, is_zero = new_q == 255, new_q == 1, r == 0
     stays = (q == new_q) & (first(root_v, SAMPLED) != first(new_root_v, SAMPLED))
     if MASKED:
         mask = first(mask, SAMPLED)
