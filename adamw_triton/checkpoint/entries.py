@@ -124,7 +124,7 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
         if key in parts and not (key in KEPT and _went_elsewhere(parts[key], part))
     }
     for key, part in dialect.parts.items():
-        if part.kind == "scales":  # of shards they are in rows
+        if part.kind == "scales":  # in rows
             plain[key] = plain[key].to(part.dtypes[0]).flatten()
     saved = Saved(dialect, step, plain, 0, _norm(parts.get(NORM, math.inf), name))
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))
@@ -194,8 +194,8 @@ def _flatten(entry: Entry) -> dict[str, Any]:
             continue
         if key == _BITSANDBYTES_WRAPPER and isinstance(value, Mapping):
             parts.update(value)
-        elif key == REMAINDER and _is_pairs(value):  # of shards
-            parts[key] = value.contiguous().view(torch.int16).squeeze(-1)
+        elif key == REMAINDER and _is_pairs(value):
+            parts[key] = _of_pairs(value)
         elif isinstance(value, Tensor) and hasattr(value, "codes"):  # a quantized subclass
             found = {part: getattr(value, part) for part in _TORCHAO_PARTS if hasattr(value, part)}
             parts.update({f"{key}.{part}": tensor for part, tensor in found.items()})
@@ -206,6 +206,14 @@ def _flatten(entry: Entry) -> dict[str, Any]:
 
 def _is_pairs(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.uint8 and value.shape[-1:] == (2,)
+
+
+def _of_pairs(pairs: Tensor) -> Tensor:
+    """Where they are and in their memory order, if 16-bit integers may lie there."""
+    try:
+        return pairs.view(torch.int16).squeeze(-1)
+    except RuntimeError:
+        return pairs.clone(memory_format=torch.contiguous_format).view(torch.int16).squeeze(-1)
 
 
 def _went_elsewhere(kept: Any, part: Part) -> bool:
