@@ -27,6 +27,7 @@ from adamw_triton.arguments import (
     check_unscaled,
     check_variant,
     check_weights,
+    torch_defaults,
 )
 from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.memory.lasting import lasting
@@ -52,7 +53,6 @@ from adamw_triton_kernels import tables
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
 """Arguments that an optimizer keeps for good."""
-_ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
 
 class AdamW(torch.optim.Optimizer):
@@ -225,13 +225,16 @@ class AdamW(torch.optim.Optimizer):
         self.telemetry = telemetry
         self._reset()
         defaults = {
+            **torch_defaults(),
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "state_bits": None,
+            "fused": fused,
+            "foreach": foreach,
+            "capturable": capturable,
         }
         check_group(defaults, how.bits)
         super().__init__(params, defaults)
@@ -561,7 +564,7 @@ class AdamW(torch.optim.Optimizer):
             state_dict = dict(state_dict)
         before, slots = (self.state, self.param_groups), self._store.slots
         reader = checkpoint.Reader(
-            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits)
+            lambda group: check_group({**torch_defaults(), **group}, VARIANTS[self.variant].bits)
         )
         reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
@@ -589,7 +592,7 @@ class AdamW(torch.optim.Optimizer):
         if "_places" not in self.__dict__:  # unpickled
             self._reset()
         for group in self.param_groups:
-            for key, value in _ADDED_KEYS.items():
+            for key, value in torch_defaults().items():
                 group.setdefault(key, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -33,6 +33,12 @@ _NAMES = frozenset({"step", NORM, GATHERED, _BITSANDBYTES_WRAPPER, *NOT_OURS}).u
     *({*dialect.parts, *dialect.ignored} for dialect in DIALECTS)
 )
 
+_MERGED = (
+    "torch's set_optimizer_state_dict(full_state_dict=True) puts what it loads beside what the optimizer shows "
+    "already, so it can load only the variant that was saved. optimizer.load_state_dict(full), with the whole "
+    "state dict on every rank, loads any"
+)
+
 MOST_STEPS = 2**31
 """fp32 counts by ones up to 2**24, and bias corrections are 1 long before."""
 
@@ -244,6 +250,8 @@ def _not_known(parts: Entry, name: str) -> str:
     for present, absent, whose in OTHERS:
         if present in keys and absent not in keys:
             return f"{what}: that is the state {whose}. {_known()}"
+    if {"exp_avg", "exp_avg_codes"} <= keys:
+        return f"{what}: 32-bit and 8-bit state at once. {_MERGED}"
     closest = max(DIALECTS, key=lambda dialect: len(keys & set(dialect.parts)))
     missing = sorted({"step", *closest.parts} - set(parts) - closest.optional)
     unknown = sorted(keys - set(closest.parts) - closest.ignored)
