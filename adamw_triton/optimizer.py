@@ -41,8 +41,9 @@ from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.buffers import Scalars, begin_anew
 from adamw_triton.state.placement import STAGES, sum_page
+from adamw_triton.state.shards import any_shard
 from adamw_triton.step.batch import Batch, Tensors
-from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
+from adamw_triton.step.clipping import ELSEWHERE, PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Adding, Release
 from adamw_triton.step.statistics import Statistics
@@ -321,7 +322,7 @@ class AdamW(torch.optim.Optimizer):
         process group that step an optimizer of the same parameters; it waits ten seconds at most, and
         who comes later follows. Where others did not come, the next optimizer waits a quarter as long. A step
         without gradients is not the first yet, nor, with any variant, is one of gradients and learning rates
-        of zero where there is no state, as torch.distributed.checkpoint takes it: it is not counted.
+        of zero before any has been counted, as torch.distributed.checkpoint takes it: it is not counted.
 
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is
@@ -439,8 +440,8 @@ class AdamW(torch.optim.Optimizer):
         self, batch: Batch, ordered: Tensors, scale: float | Tensor | None, stepped: Stepped
     ) -> Judged:
         def faults() -> list[str]:
-            found = map(describe, stepped.grads, stepped.names)
-            return [each for each in found if each]
+            found = [each for each in map(describe, stepped.grads, stepped.names) if each]
+            return found or [ELSEWHERE] * any_shard(stepped.owners)
 
         return self._clipping.judge(batch.norms(ordered), scale, faults)
 
