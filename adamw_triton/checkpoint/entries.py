@@ -34,9 +34,9 @@ _NAMES = frozenset({"step", NORM, GATHERED, _BITSANDBYTES_WRAPPER, *NOT_OURS}).u
 )
 
 _MERGED = (
-    "torch's set_optimizer_state_dict(full_state_dict=True) puts what it loads beside what the optimizer shows "
-    "already, so it can load only the variant that was saved. optimizer.load_state_dict(full), with the whole "
-    "state dict on every rank, loads any"
+    "torch's set_optimizer_state_dict(full_state_dict=True) puts what it loads beside what the optimizer "
+    "already shows, so that it loads no variant but the one that was saved. optimizer.load_state_dict(full), "
+    "with the whole state dict on every rank, loads any"
 )
 
 MOST_STEPS = 2**31
@@ -130,7 +130,7 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
         if key in parts and not (key in KEPT and _went_elsewhere(parts[key], part))
     }
     for key, part in dialect.parts.items():
-        if part.kind == "scales":  # in rows
+        if part.kind == "scales":  # perhaps in rows
             plain[key] = plain[key].to(part.dtypes[0]).flatten()
     saved = Saved(dialect, step, plain, 0, _norm(parts.get(NORM, math.inf), name))
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))

@@ -109,6 +109,10 @@ def across() -> dict[str, Any]:
     model, coded = made(CASES["paged 8bit"], "shards")
     found["merged"] = said(set_optimizer_state_dict, model, coded, state)
     coded.load_state_dict(state)
+    found["coded"] = gathered(model, coded)
+    _, undecided = made(CASES["auto"], "shards")
+    undecided.load_state_dict(coded.state_dict())
+    found["undecided"] = gathered(model, undecided)
     portable = coded.state_dict(state_format="portable")
     model, theirs = made(TORCHS, "shards")
     theirs.load_state_dict(portable)
@@ -131,6 +135,7 @@ def test_whole_state_dicts_of_other_variants() -> None:
     check_equal(state_of(found["and back"]), expected)
     assert "32-bit and 8-bit state at once" in found["merged"]
     assert "optimizer.load_state_dict(full), with the whole state dict on every rank" in found["merged"]
+    check_equal(found["undecided"], found["coded"])
     for key, value in expected.items():
         torch.testing.assert_close(found["into 8bit"][key], value, rtol=0.1, atol=0.02 * float(value.max()))
 

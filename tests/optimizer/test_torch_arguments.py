@@ -22,7 +22,9 @@ def test_groups_hold_what_those_of_torchs_do() -> None:
         theirs = torch.optim.AdamW(parameters(), **arguments)  # type: ignore[arg-type]
         assert [group.keys() for group in ours.param_groups] == [theirs.param_groups[0].keys()]
         assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
-        ours.load_state_dict({"state": {}, "param_groups": [{**OLD, "params": list(range(len(parameters())))}]})
+        ours.load_state_dict(
+            {"state": {}, "param_groups": [{**OLD, "params": list(range(len(parameters())))}]}
+        )
         assert ours.param_groups[0].keys() - {"state_bits"} == theirs.param_groups[0].keys()
 
 
