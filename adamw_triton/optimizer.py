@@ -322,7 +322,7 @@ class AdamW(torch.optim.Optimizer):
         process group that step an optimizer of the same parameters; it waits ten seconds at most, and
         who comes later follows. Where others did not come, the next optimizer waits a quarter as long. A step
         without gradients is not the first yet, nor, with any variant, is one of gradients and learning rates
-        of zero before any has been counted, as torch.distributed.checkpoint takes it: it is not counted.
+        of zero where there is no state, as torch.distributed.checkpoint takes it: it is not counted.
 
         Raises:
             RuntimeError: a step before failed halfway and left parameters inconsistent; or a CUDA graph is

@@ -97,15 +97,15 @@ class Reservations:
 
     def rehearse(self, groups: Groups, state: State, grads: Sequence[Tensor]) -> bool:
         """Whether the step that begins is none: there are no gradients, and it is not decided yet what places
-        there are; or nothing has been counted yet, and they and all learning rates are zero.
-        torch.distributed.checkpoint takes such a step to see what state there will be: it is shown, without
-        a place or a step counted. Any other counts and decides.
+        there are; or there is no state yet, and they and all learning rates are zero.
+        torch.distributed.checkpoint takes one such step to see what state there will be: it is shown, without
+        a place or a step counted. Any other counts and decides, the next one of zeros too.
 
         Where a warm-up begins with a learning rate of zero, a rank that also has no gradients but zeros is
         not told from that: it counts one step less than the others, and follows what they decide."""
         if not grads:
             return not self._chooser.decided
-        if not all(map(_stands_still, groups)) or any(map(_has_begun, state.values())):
+        if state or not all(map(_stands_still, groups)):
             return False
         if any(grad.any() for grad in grads):  # the host waits for them
             return False
@@ -282,12 +282,6 @@ def _stands_still(group: Mapping[str, Any]) -> bool:
     """Whether its learning rate is zero, as far as the host knows."""
     lr = group["lr"]
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
-
-
-def _has_begun(entry: object) -> bool:
-    """Whether it is state of steps that were counted, or not known to us."""
-    count = entry.get("step", 0) if isinstance(entry, Mapping) else None
-    return bool(count.any()) if isinstance(count, Tensor) else count != 0
 
 
 def _formats(groups: Groups) -> list[tuple[Any, Any]]:

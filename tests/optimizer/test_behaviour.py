@@ -371,19 +371,3 @@ def test_frozen_parameters_get_no_state(variant: str) -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert params[0] not in optimizer.state
-
-
-@pytest.mark.parametrize("variant", ["auto", "8bit"])
-def test_steps_of_nothing_before_the_first_are_none(variant: str) -> None:
-    """However many: checkpoint loaders take them to see what state there will be."""
-    optimizer, other = (AdamW(parameters(), lr=0.01, variant=variant) for _ in range(2))
-    for _ in range(3):
-        optimizer.param_groups[0]["lr"] = 0.0
-        for param in optimizer.param_groups[0]["params"]:
-            param.grad = torch.zeros_like(param)
-        optimizer.step()
-        assert {float(entry["step"]) for entry in optimizer.state.values()} == {0.0}
-        assert optimizer.plan is None
-    optimizer.param_groups[0]["lr"] = 0.01
-    assert bits(train(optimizer, 2)) == bits(train(other, 2))
-    assert state_bits(optimizer) == state_bits(other)
