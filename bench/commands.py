@@ -5,6 +5,7 @@ from __future__ import annotations
 SUITES = {
     "step": "seconds of a step, beside a copy's bandwidth",
     "host": "what a step costs on the host, before any GPU work",
+    "telemetry": "what statistics cost a step, beside the same numbers taken with torch",
     "paged": "steps whose state comes over the link, beside resident ones and the link itself",
     "memory": "peak of a step by place, beside what the plan says",
     "train": "a Llama trained: step time, memory, loss",

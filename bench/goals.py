@@ -167,6 +167,11 @@ GOALS = (
     *(Goal(f"a {model} Llama, {tokens:,} tokens: {key} adds", added(model, key, tokens), percent)
       for model, counts in (("1B", (2048, 8192, 32768)), ("3B", (2048, 8192)))
       for tokens in counts for key in (*PAGED, *BESIDE)),
+    *(Goal(f"statistics at every step, {variant}: of a plain step", figure("telemetry", "ratios", variant),
+           times, most=1.3)
+      for variant in ("32bit", "8bit")),
+    Goal("telemetry=10: of a training step of a small Llama", figure("telemetry", "training", "share"),
+         percent, most=0.01),
     Goal("3B, fine-tuned with release: peak off its plan",
          limited("Llama-3.2-3B", "off_plan"), percent, most=0.02),
     Goal("8B in 24 GB, fine-tuned with release: parameters",

@@ -55,6 +55,7 @@ PARTS = (
     Part("paged", 25),  # [17]
     Part("host", 20),  # [20]
     Part("memory", 30),  # [25]
+    Part("telemetry", 15),
     Part("first", 45),  # [34]
 )
 

@@ -19,7 +19,7 @@ import torch
 
 from bench import children, goals, prove, wheels
 from bench.optimizers import EXACT, OPTIMIZERS, RESIDENT
-from bench.suites import first, gputests, host, limit, memory, paged, sanitize, step, tokens
+from bench.suites import first, gputests, host, limit, memory, paged, sanitize, step, telemetry, tokens
 from bench.timing import Spread
 
 # --- Figures of a GPU that there is not, in the shape in which the suites write theirs --------------------
@@ -84,6 +84,10 @@ def good(tmp_path: Path) -> dict[str, Any]:
         "limit": good_limit(),
         "memory": {"optimizers": memory.record({one.key: placed for one in OPTIMIZERS if one.ours})},
         "host": {"seconds": {"300": host.record({name: [1e-4] for name in host.builders("cuda")})}},
+        "telemetry": telemetry.record(
+            {v: {"plain": Spread.of([1.0]), "telemetry": Spread.of([1.2])} for v in telemetry.VARIANTS},
+            {"backward": 9.0, "plain": 1.0, "telemetry": 1.5},
+        ),
         "first": first.record({key: {how: {"first": 0.2} for how in first.HOW} for key in first.VARIANTS}),
     }
     return {name: json.loads(json.dumps({"run": GPU, **data})) for name, data in found.items()}
@@ -146,6 +150,8 @@ WORSE = {
         put(0.021, "limit", "models", "Llama-3.2-3B", "off_plan"),
         ["3B, fine-tuned with release: peak off its plan"]),
     "compiling": (put(3.1, "first", "variants", "8bit", "cold"), ["first step, cold"]),
+    "statistics": (put(0.02, "telemetry", "training", "share"), [
+        "telemetry=10: of a training step of a small Llama"]),
     "a race": (put(2, "sanitize", "tools", "racecheck", "found"), ["racecheck: found"]),
     "a failing test": (
         put({"passed": 3, "failed": 1, "skipped": 0}, "gputests", "files", "tests/paging/test_on_gpu.py"),

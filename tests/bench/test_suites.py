@@ -58,8 +58,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "Task", lambda **_: little)
 
 
+SMALL_SUITES = ("step", "paged", "memory", "train", "convergence", "precision", "roofline", "telemetry")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step", "paged", "memory", "train", "convergence", "precision", "roofline"])
+@pytest.mark.parametrize("name", SMALL_SUITES)
 @pytest.mark.usefixtures("small")
 def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -70,7 +73,7 @@ def test_every_suite_leaves_a_table_a_plot_and_its_figures(name: str, tmp_path: 
     run = json.loads(written[f"{name}.json"].read_text())["run"]
     assert run["versions"]["torch"]
     assert {"seed", "device", "clocks", "commit", "date"} <= set(run)
-    if name not in ("convergence", "precision", "roofline", "memory"):
+    if name not in ("convergence", "precision", "roofline", "memory", "telemetry"):
         page = written[f"{name}.md"].read_text()
         missing = "bitsandbytes paged 8-bit" if name != "step" else "flashoptim 8-bit"
         assert f"{missing} cannot run here: it needs" in page or torch.cuda.is_available()
