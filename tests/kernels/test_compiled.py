@@ -33,8 +33,9 @@ OPTIMIZERS = {
     "sm_80": "tests/optimizer/test_capturable.py::test_replays_count_and_see_learning_rates",
     "sm_90": "tests/paging/test_bits.py::test_one_tensor_over_many_pages[5000-8bit]",
     "sm_100": "tests/optimizer/test_compiled.py",
+    "sm_120": "tests/optimizer/test_statistics.py::test_released_steps_say_what_ordinary_ones_do",
 }
-"""Tests of the optimizer's own: steps after loading, in graphs, over pages, beside plain torch."""
+"""Tests of the optimizer's own: steps after loading, in graphs, over pages, beside plain torch, with statistics."""
 TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.pathsep)))
 """Folders with other releases of Triton."""
 
