@@ -40,6 +40,7 @@ HOW: dict[str, dict[str, Any]] = {
 SHAPES = ((70, 70), (5000,), (3,), (1,), (40, 2, 60), (0,), (40_000,))
 
 
+@pytest.mark.bookkeeping
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", HOW)
 def test_every_number(how: str, dtype: torch.dtype) -> None:
@@ -82,6 +83,7 @@ def named(shapes: tuple[tuple[int, ...], ...] = SHAPES, dtype: torch.dtype = tor
     return [(f"layer{index}", param) for index, param in enumerate(parameters(shapes, dtype))]
 
 
+@pytest.mark.bookkeeping
 @pytest.mark.parametrize("how", HOW)
 def test_nothing_else_changes(how: str) -> None:
     """Weights and state have the bits of steps without statistics."""
