@@ -1,8 +1,8 @@
-"""The site: ``python -m sphinx -W --keep-going -c docs . docs/build``, offline, from the root of the repository.
+"""The site: ``python -m sphinx -W --keep-going -c docs . docs/build``, offline, from the repository's root.
 Why with Sphinx is in CONTRIBUTING.md.
 
-The repository itself is the source: pages are Markdown that reads well where its files are looked at, links are
-those between files, results and ARCHITECTURE.md are pages too, and other files that are pointed to are copied.
+The repository itself is the source: pages are Markdown that reads well where its files are looked at, links
+are those between files, results and ARCHITECTURE.md are pages too, and other files are copied.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ autodoc_mock_imports = [name for name in ("lightning", "tqdm", "transformers") i
 html_theme = "furo"
 html_title = f"adamw_triton {version}"
 html_copy_source = False
+html_show_search_summary = False  # it would fetch pages, which a browser does not do without a server
 html_show_sourcelink = False
 html_extra_path = ["extra"]
 html_theme_options = {

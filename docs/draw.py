@@ -1,5 +1,5 @@
-"""``python -m docs.draw``: the pictures of README.md and docs/, from what the code here computes. Text, so that a
-test can compare."""
+"""``python -m docs.draw``: the pictures of README.md and docs/, from what the code here computes. They are
+text, so that a test can compare."""
 
 from __future__ import annotations
 
@@ -179,9 +179,10 @@ def walked(released: bool) -> dict[str, list[Span]]:
 
 def _pages(copies: Recorder, arrays: int) -> list[Span]:
     """Of the copies of each page's arrays, the first's begin and the last's end."""
-    return [(first[0], last[1]) for first, last in zip(
-        copies.spans[::arrays], copies.spans[arrays - 1 :: arrays], strict=True
-    )]
+    return [
+        (first[0], last[1])
+        for first, last in zip(copies.spans[::arrays], copies.spans[arrays - 1 :: arrays], strict=True)
+    ]
 
 
 def _since(begin: float, spans: Sequence[Span]) -> list[Span]:
@@ -201,7 +202,9 @@ def paging() -> str:
     end = max(b for found in both.values() for spans in found.values() for _, b in spans)
     left, wide = 90, 660
     svg = Svg(left + wide + 20, 330)
-    svg.text(16, 26, "One step, its state paged: a model with one layer of Llama-3.1-8B", size=16, weight="bold")
+    svg.text(
+        16, 26, "One step, its state paged: a model with one layer of Llama-3.1-8B", size=16, weight="bold"
+    )
     for index, (title, found) in enumerate(both.items()):
         top = 58 + 128 * index
         svg.text(left, top - 6, title, weight="bold")

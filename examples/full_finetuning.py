@@ -1,5 +1,5 @@
-"""All weights of a model, on a card that its gradients would fill: they are used up while backward runs, and those
-of several micro-batches add up in host memory. bf16 weights are kept exactly.
+"""All weights of a model, on a card that its gradients would fill: they are used up while backward runs, and
+those of several micro-batches add up in host memory. bf16 weights are kept exactly.
 
     python examples/full_finetuning.py                                        # a tiny model, also on a CPU
     python examples/full_finetuning.py --model meta-llama/Llama-3.1-8B --length 2048 --rows 1

@@ -1,7 +1,7 @@
 """LoRA with PEFT: the base stays as it is, adapters learn.
 
-    python examples/lora.py                                       # a tiny model, also on a CPU
-    python examples/lora.py --model meta-llama/Llama-3.2-3B --length 2048 --rows 1
+python examples/lora.py                                       # a tiny model, also on a CPU
+python examples/lora.py --model meta-llama/Llama-3.2-3B --length 2048 --rows 1
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """QLoRA: adapters on a base in 4 bits, which bitsandbytes keeps.
 
-    python examples/qlora.py                                      # a tiny model, also on a CPU
-    python examples/qlora.py --model meta-llama/Llama-3.1-8B --length 2048 --rows 1
+python examples/qlora.py                                      # a tiny model, also on a CPU
+python examples/qlora.py --model meta-llama/Llama-3.1-8B --length 2048 --rows 1
 """
 
 import torch
