@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ from adamw_triton.step.stepped import Stepped
 from adamw_triton.step.whole import WholeSteps
 from adamw_triton.tensors import check_new_param, check_params, model_names, name_of, named
 from adamw_triton_kernels import tables
+
+if TYPE_CHECKING:
+    from adamw_triton.telemetry.report import Report
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
 """Arguments that an optimizer keeps for good."""
@@ -275,6 +278,22 @@ class AdamW(torch.optim.Optimizer):
         """By ``nonfinite="skip"`` since this optimizer was made; state dicts do not have it. Waits for the
         last step."""
         return self._clipping.skipped
+
+    def diagnose(self, *, model: torch.nn.Module | None = None, across_ranks: bool = False) -> Report:
+        """What stands out in the last 64 steps that ``telemetry`` has looked at, in which tensors, since
+        when, the likely cause and what to try. It prints as text, in a notebook as HTML, by rich as a table.
+        Waits for the last step.
+
+        Args:
+            model: as in ``stats``.
+            across_ranks: whether the ranks of torch.distributed's default process group have done the same,
+                too. All of them have to ask.
+        """
+        from adamw_triton.telemetry.diagnosis import diagnose, of_all_ranks
+
+        history = self._statistics.history()
+        names = None if model is None else model_names(model, self.param_groups)
+        return diagnose(history, names=names, ranks=of_all_ranks(history) if across_ranks else ())
 
     @property
     def spills(self) -> int:

@@ -50,13 +50,14 @@ class Left:
     def of_device(self) -> Iterator[tuple[Sequence[Slot], Tensor]]:
         """Tensors, and of each a row: its sums, over all ranks, and its hyperparameters."""
         for device, sums in self.sums.items():
-            self._summed[device].rows(sums)
             hyper = torch.zeros((len(sums), NUMBERS), device=device)
             for places, rows, table in self._hyper.get(device, ()):
                 there = send(torch.tensor([*places, *rows], device="cpu"), device)
                 numbers = table if table.device == device else send(table, device)
                 hyper[there[: len(places)]] = numbers[there[len(places) :], :NUMBERS]
-            yield self._slots[device], torch.cat([sums, hyper], dim=1)
+            found = torch.cat([sums, hyper], dim=1)
+            self._summed[device].rows(found)  # who has no element of a shard has no numbers for it either
+            yield self._slots[device], found
 
 
 class _Arriving:
@@ -70,8 +71,10 @@ class _Arriving:
     def arrived(self, wait: bool) -> Observed | None:
         tables = self._tables  # before `_found`: of another thread that has it by now, they are gone
         if self._found is None and all(_is_here(event, wait) for _, event in tables):
-            rows = torch.cat([table.double().cpu() for table, _ in tables])
-            self._found = Observed(self._step, self._tensors, rows[:, :WIDTH], rows[:, WIDTH:], self._idle)
+            filled = [index for index, told in enumerate(self._tensors) if told.numel]
+            rows = torch.cat([table.double().cpu() for table, _ in tables])[filled]
+            tensors = tuple(self._tensors[index] for index in filled)
+            self._found = Observed(self._step, tensors, rows[:, :WIDTH], rows[:, WIDTH:], self._idle)
             self._tables = []
         return self._found
 

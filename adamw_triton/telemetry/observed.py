@@ -25,7 +25,8 @@ COUNTS = ("nan_count", "inf_count")
 CODES = ("top_share", "bottom_share", "zero_share", "stalled_share")
 """Of 8-bit state alone, of one code in ``SAMPLED``."""
 METRICS = (*NORMS, *RATIOS, *MOMENTS, *COUNTS, "clip_coefficient", *CODES)
-"""Of a tensor and, under the same names, of all:
+"""Of a tensor and, under the same names, of all. Of a step that was skipped they are 0, but for what is of
+gradients.
 
 - ``grad_norm``: of the gradient, unscaled, before it was clipped
 - ``weight_norm``: of the weight that the step found
@@ -35,7 +36,7 @@ METRICS = (*NORMS, *RATIOS, *MOMENTS, *COUNTS, "clip_coefficient", *CODES)
 - ``lost_share``: of all weights those that an update which is not zero has left as they were, for it was
   rounded away
 - ``exp_avg_rms``: the root of the mean square of m, after the step
-- ``exp_avg_sq_mean``, ``exp_avg_sq_max``: of v (with amsgrad, of its largest)
+- ``exp_avg_sq_mean``, ``exp_avg_sq_max``: of v (with amsgrad, of its largest); NaN is never the largest
 - ``effective_lr``: what m is multiplied by where v is ``exp_avg_sq_mean``: lr/(1-beta1**step) over
   sqrt(v/(1-beta2**step))+eps; of all tensors the mean, elements counting alike
 - ``nan_count``, ``inf_count``: elements of the gradient
@@ -83,21 +84,21 @@ class Observed:
     @cached_property
     def each(self) -> Mapping[str, Tensor]:
         """Every metric of every tensor, float64 [tensors]. Those of codes are NaN where there are none."""
-        numels, coded = self._numels, self._coded
+        numels, coded, skipped = self._numels, self._coded, self._column("factor") == SKIP
         gone = self._column("change") * self._hyper("step_size") ** 2
         decayed = self._column("weight") * (self._hyper("decay") * self._hyper("step_size")) ** 2
         mean = self._column("exp_avg_sq") / numels
         root = mean.sqrt() * self._hyper("inv_root_correction2") + self._hyper("eps")
         found = {
-            **_norms(self._gradient, self._column("weight"), gone, decayed),
+            **_norms(self._column("gradient"), self._column("weight"), gone, decayed),
             "lost_share": self._column("lost") / numels,
             "exp_avg_rms": (self._column("exp_avg") / numels).sqrt(),
             "exp_avg_sq_mean": mean,
             "exp_avg_sq_max": self._column("exp_avg_sq_max"),
-            "effective_lr": self._hyper("step_size") / root,
+            "effective_lr": torch.where(skipped, 0.0, self._hyper("step_size") / root),
             "nan_count": self._column("nan"),
             "inf_count": self._column("inf"),
-            "clip_coefficient": _coefficient(self._column("factor")),
+            "clip_coefficient": torch.where(skipped, 0.0, self._column("factor")),
         }
         for metric in CODES:
             found[metric] = self._column(metric.removesuffix("_share")) / coded
@@ -146,12 +147,6 @@ class Observed:
         return self.hyper[:, Hyper._fields.index(name)]
 
     @cached_property
-    def _gradient(self) -> Tensor:
-        """Its squares, before clipping."""
-        factor, squares = self._column("factor"), self._column("gradient")
-        return torch.where(squares == 0, 0.0, squares / factor.square())
-
-    @cached_property
     def _numels(self) -> Tensor:
         return _of(self.tensors, "numel").clamp(min=1)
 
@@ -179,7 +174,3 @@ def _norms(gradient: Tensor, weight: Tensor, gone: Tensor, decayed: Tensor) -> d
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(part == 0, 0.0, part / whole).sqrt()
-
-
-def _coefficient(factor: Tensor) -> Tensor:
-    return torch.where(factor == SKIP, 0.0, factor)

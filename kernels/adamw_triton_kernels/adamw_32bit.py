@@ -123,8 +123,8 @@ def _kernel(
     param, grad, offset, count, first, row, factor, here = locate(
         addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
-    grad_scale *= factor
+    scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale = scale * factor
     exp_avg += offset
     exp_avg_sq += offset
     max_exp_avg_sq += offset
@@ -149,4 +149,4 @@ def _kernel(
     if TELLS:
         leave(left, seen, seen_of_tail, step_size, factor)
         leave_no_codes(left)
-        leave_gradients(left, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)
+        leave_gradients(left, seen, seen_of_tail, grad, here, scale, factor, TAIL)

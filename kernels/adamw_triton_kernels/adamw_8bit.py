@@ -202,8 +202,8 @@ def _kernel(
     param, grad, offset, count, first, row, factor, here = locate(
         addresses, tensors, chunks, factors, n_tensors, chunk_size, PARAM, GRAD, PARAM_ALIGN, GRAD_ALIGN
     )
-    grad_scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
-    grad_scale *= factor
+    scale, gap1, gap2, inv_root_correction2, eps, step_size, decay, phase = load_hyper(hyper, row)
+    grad_scale = scale * factor
     m_codes = exp_avg_codes + offset
     m_scales = exp_avg_scales + offset // BLOCK
     v_codes = exp_avg_sq_codes + offset
@@ -233,4 +233,4 @@ def _kernel(
     if TELLS:
         leave(left, seen, seen_of_tail, step_size, factor)
         leave_codes(left, coded, coded_of_tail)
-        leave_gradients(left, seen, seen_of_tail, grad, here, grad_scale, factor, TAIL)
+        leave_gradients(left, seen, seen_of_tail, grad, here, scale, factor, TAIL)

@@ -79,9 +79,9 @@ def adamw_32bit(
     amsgrad = "max_exp_avg_sq" in state
     update = _update_32bit(weights, amsgrad)
     names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad]
-    tally = None if sums is None else Tally(sums, layout, factors)
+    tally = None if sums is None else Tally(sums, layout, hyper, factors)
     if skips(factors):
-        return _left(tally, grads, layout, hyper)
+        return _left(tally, grads)
     hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     longest = WHOLE if weights not in (STOCHASTIC, MASTER) and tally is None else FUSED_CHUNK
@@ -139,9 +139,9 @@ def adamw_8bit(
     most, device = min(sum(layout.numels), FUSED_CHUNK), params[0].device
     dither = Dither.of(most, block, device)
     other_dither = _dither_of(weights, most, block, device)
-    tally = None if sums is None else Tally(sums, layout, factors)
+    tally = None if sums is None else Tally(sums, layout, hyper, factors)
     if skips(factors):
-        return _left(tally, grads, layout, hyper)
+        return _left(tally, grads)
     hyper, layout = _scaled(hyper, layout, factors)
     rows, phases = Row.of_all(hyper), _phases(hyper)
     opened, closed = _apart(weights)
@@ -200,12 +200,12 @@ def _apart(weights: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
     )
 
 
-def _left(tally: Tally | None, grads: Sequence[Tensor], layout: Layout, hyper: Tensor) -> Call:
+def _left(tally: Tally | None, grads: Sequence[Tensor]) -> Call:
     """What is left of a step that is skipped."""
 
     def leave(state: Arrays) -> None:
         if tally is not None:
-            tally.skipped(grads, hyper[list(layout.rows), 0])
+            tally.skipped(grads)
 
     return leave
 
@@ -323,7 +323,7 @@ class Row(NamedTuple):
     @property
     def told(self) -> tuple[Tensor, ...]:
         """What statistics are made with, see ``Tally``."""
-        return self.grad_scale, self.inv_root_correction2, self.eps, self.decay, self.step_size
+        return self.inv_root_correction2, self.eps, self.decay, self.step_size
 
     @classmethod
     def of_all(cls, hyper: Tensor) -> list[Row]:

@@ -135,22 +135,24 @@ def leave_no_codes(left):
 
 
 @triton.jit
-def leave_gradients(left, whole, tail, grad, count, grad_scale, factor, SIZE: tl.constexpr):
-    """Their squares, and how many of a chunk's ``count`` are not finite. They are looked at again if their
-    squares add up to something that is not, or if the step is skipped and nobody has looked at them."""
+def leave_gradients(left, whole, tail, grad, count, scale, factor, SIZE: tl.constexpr):
+    """The squares of a chunk's ``count`` gradients, before the factor, and how many are not finite. They are
+    looked at again if their squares add up to something that is not, or if the step is skipped and nobody has
+    looked at them."""
     row = left + COLUMNS * tl.program_id(0)
-    seen = tl.sum(whole[0], 0) + tl.sum(tail[0], 0)
-    skipped = factor < 0
+    seen = (tl.sum(whole[0], 0) + tl.sum(tail[0], 0)) / (factor * factor)
+    again = (factor < 0) | (seen - seen != 0)
     gradient = tl.zeros([SIZE], tl.float32)
     nan = tl.zeros([SIZE], tl.int32)
     inf = tl.zeros([SIZE], tl.int32)
-    for start in range(0, tl.where(skipped | (seen - seen != 0), count, 0), SIZE):
+    for start in range(0, tl.where(again, count, 0), SIZE):
         at = start + tl.arange(0, SIZE)
-        g = tl.load(grad + at, at < count, 0).to(tl.float32) * grad_scale
+        given = tl.load(grad + at, at < count, 0).to(tl.float32)
+        nan += (given != given).to(tl.int32)
+        inf += (tl.abs(given) == float("inf")).to(tl.int32)
+        g = given * scale
         gradient = tl.fma(g, g, gradient)
-        nan += (g != g).to(tl.int32)
-        inf += (tl.abs(g) == float("inf")).to(tl.int32)
-    tl.store(row, tl.where(skipped, tl.sum(gradient, 0), seen))
+    tl.store(row, tl.where(again, tl.sum(gradient, 0), seen))
     tl.store(row + NAN, tl.sum(nan, 0).to(tl.float32))
     tl.store(row + NAN + 1, tl.sum(inf, 0).to(tl.float32))
 

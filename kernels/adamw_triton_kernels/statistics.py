@@ -18,7 +18,7 @@ from adamw_triton_kernels.runs import Run
 from adamw_triton_kernels.work import SKIP, Layout
 
 SUMS = (
-    "gradient",  # g*g, of what the update takes: unscaled, clipped
+    "gradient",  # g*g, unscaled, before the factor
     "weight",  # p*p, before
     "change",  # the square of m/(sqrt(v)+eps) + decay*p: times the step size, what is taken from p
     "exp_avg",  # m*m, after
@@ -53,9 +53,10 @@ class Codes(NamedTuple):
 class Tally:
     """Of one call: adds what its runs have done to the rows of ``sums`` that its layout names."""
 
-    def __init__(self, sums: Tensor, layout: Layout, factors: Tensor | None) -> None:
+    def __init__(self, sums: Tensor, layout: Layout, hyper: Tensor, factors: Tensor | None) -> None:
         self._sums = sums
         self._rows = layout.sums
+        self._scales = hyper[list(layout.rows), 0]
         own = torch.ones(len(layout.sums), device=sums.device)
         if factors is not None:
             own = factors[list(layout.factors)] if layout.factors else own * factors[0]
@@ -76,13 +77,14 @@ class Tally:
         Args:
             before, after: the weight, as exactly as it is kept.
             m, v: fp32, the new ones.
-            numbers: grad_scale, inv_root_correction2, eps, decay, step_size.
+            numbers: inv_root_correction2, eps, decay, step_size.
         """
         begin = 0
         for span in run.spans:
             here = slice(begin, begin + span.numel)
             begin = here.stop
-            each = _seen(before[here], after[here], run.grad[here], m[here], v[here], *numbers)
+            grad, scale = run.grad[here], self._scales[span.tensor]
+            each = _seen(before[here], after[here], grad, m[here], v[here], scale, *numbers)
             if each.is_meta:  # a rehearsal
                 continue
             row = self._sums[self._rows[span.tensor]]
@@ -90,22 +92,22 @@ class Tally:
             highest = row[COLUMN["exp_avg_sq_max"]]
             highest.copy_(torch.maximum(highest, each[-1]))
             if not each[0].isfinite():
-                self._add_nonfinite(row, run.grad[here], numbers[0])
+                _count_nonfinite(row, grad)
             if codes is not None:
                 looked_at = slice(here.start, here.stop, SAMPLED)
                 row[COLUMN["top"] : COLUMN["zero"] + 1] += _codes_seen(*(each[looked_at] for each in codes))
 
-    def skipped(self, grads: Sequence[Tensor], grad_scales: Tensor) -> None:
+    def skipped(self, grads: Sequence[Tensor]) -> None:
         """Of a step that leaves all as it is: of gradients there is something to say, too."""
-        for index, grad, scale in zip(self._rows, grads, grad_scales, strict=True):
-            row, g = self._sums[index], grad.detach().flatten()
-            row[COLUMN["gradient"]] += (g.float() * scale).square().sum()
-            self._add_nonfinite(row, g, scale)
+        for index, grad, scale in zip(self._rows, grads, self._scales, strict=True):
+            row = self._sums[index]
+            row[COLUMN["gradient"]] += (grad.detach().float() * scale).square().sum()
+            _count_nonfinite(row, grad.detach())
 
-    def _add_nonfinite(self, row: Tensor, grad: Tensor, scale: Tensor) -> None:
-        g = grad.float() * scale
-        row[COLUMN["nan"]] += g.isnan().sum()
-        row[COLUMN["inf"]] += g.isinf().sum()
+
+def _count_nonfinite(row: Tensor, grad: Tensor) -> None:
+    row[COLUMN["nan"]] += grad.isnan().sum()
+    row[COLUMN["inf"]] += grad.isinf().sum()
 
 
 @fused

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.amount import some
 from tests.compiling import in_compiling_process
 
 KERNELS = ("32bit", "32bit amsgrad", "8bit 128", "8bit 256")
@@ -24,7 +25,7 @@ PAIRS = (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16"), ("fp16", "bf16"))
 WIDTHS = (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16"), ("bf16", "fp32"))
 """Pairs that differ in what they move."""
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
-
+SPILLS = some(TARGETS, KERNELS, WIDTHS, (True, False), together=3)
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZERS = {
@@ -38,17 +39,11 @@ TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.
 """Folders with other releases of Triton."""
 
 
-QUICK = {("32bit", True), ("32bit", False), ("8bit 128", False)}
-
-
 def _builds() -> Iterator[object]:
-    for kernel in KERNELS:
-        for param, grad in PAIRS:
-            for aligned in (True, False):
-                name = f"{kernel}-{param}-{grad}-{'aligned' if aligned else 'misaligned'}"
-                quick = (param, grad) == PAIRS[0] and (kernel, aligned) in QUICK
-                marks = () if quick else pytest.mark.slow
-                yield pytest.param(kernel, param, grad, aligned, id=name, marks=marks)
+    for kernel, (param, grad), aligned in some(KERNELS, PAIRS, (True, False)):
+        name = f"{kernel}-{param}-{grad}-{'aligned' if aligned else 'misaligned'}"
+        quick = (param, grad) == PAIRS[0] and kernel in ("32bit", "8bit 128")
+        yield pytest.param(kernel, param, grad, aligned, id=name, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("kernel", "param", "grad", "aligned"), list(_builds()))
@@ -91,10 +86,11 @@ def spilling(target: int) -> dict[str, str]:
     """Builds whose machine code keeps registers in memory, and its accesses. Of those that keep weights
     otherwise than to nearest, some do (8 bytes, in a few pairs of dtypes): `bench compiled` lists them."""
     from bench.compiled.assembled import assembled
-    from bench.compiled.checks import cases
+    from bench.compiled.checks import Case
 
-    builds = [case for case in cases((target,), WIDTHS) if case.kernel in KERNELS]
-    return {str(case): found for case in builds if (found := assembled(case).local)}
+    builds = [(kernel, *pair, aligned) for of, kernel, pair, aligned in SPILLS if of == target]
+    cases = [Case(target, *build) for build in builds]
+    return {str(case): found for case in cases if (found := assembled(case).local)}
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from adamw_triton.cli import main
 from adamw_triton.models import sketches
 from adamw_triton.models.families import weights_of
 from adamw_triton.models.sketch import LARGEST, SMALLEST
+from tests.amount import WHOLE
 
 
 @given(st.integers(1, LARGEST) | st.integers(SMALLEST, 2 * 10**9))
@@ -75,7 +75,7 @@ OPTIONS = (
     "--lora 16 --quantized-base 4",
     "--lora 16 --quantized-base 4 --lora-targets all-linear --seq 256",
 )
-STRIDE = 1 if os.environ.get("ADAMW_TRITON_SEARCH") else 11
+STRIDE = 1 if WHOLE else 11
 """Of all models with all options, one in so many; a prime that is no divisor of either."""
 
 

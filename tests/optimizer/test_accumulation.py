@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,12 +19,13 @@ from adamw_triton.memory import host
 from adamw_triton.places import store
 from adamw_triton.state import placement
 from adamw_triton.trainer_arguments import parse_optim_args
+from tests.amount import asked, searched
 from tests.measuring import staging
 from tests.optimizer.problems import bits, state_bits
 from tests.optimizer.test_release import Loose, Model, failing, groups_of, train
 from tests.paging.simulated import SimulatedDevice, random_order
 
-CASES = int(os.environ.get("ADAMW_TRITON_CASES", "12"))
+CASES = asked("CASES", 10)
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 BUCKET, PAGE = 40_000, 9_000
 HOST: dict[str, Any] = {"gradient_release": True, "accumulate_on": "host"}
@@ -81,8 +80,9 @@ def step_in(model: Loose, optimizer: AdamW, orders: Sequence[Sequence[int]]) -> 
 some_orders = st.lists(st.lists(st.integers(0, 7), min_size=1, unique=True), min_size=1, max_size=4)
 
 
-@settings(max_examples=CASES // 2, deadline=None)
-@given(st.sampled_from(VARIANTS), st.lists(some_orders, min_size=1, max_size=4))
+@searched(
+    "EXAMPLES", 8, 4, variant=st.sampled_from(VARIANTS), orders=st.lists(some_orders, min_size=1, max_size=4)
+)
 def test_whatever_arrives_in_any_order(variant: str, orders: list[list[list[int]]]) -> None:
     """Also what has a gradient in an earlier micro-batch and none in the last, and the other way round."""
     how: dict[str, Any] = {"variant": variant}

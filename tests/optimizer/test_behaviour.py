@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.state.formats import SMALLEST_8BIT
 from tests import gradients
+from tests.amount import searched
 from tests.optimizer.problems import DTYPES, bits, parameters, set_grads, state_bits, train
 
 VARIANTS = ("32bit", "8bit")
@@ -79,8 +79,13 @@ def test_parameters_without_gradients_do_not_move(variant: str) -> None:
     assert float(optimizer.state[params[1]]["step"]) == 3
 
 
-@settings(max_examples=20, deadline=None)
-@given(sets=st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=6), variant=st.sampled_from(VARIANTS))
+@searched(
+    "EXAMPLES",
+    20,
+    8,
+    sets=st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=6),
+    variant=st.sampled_from(VARIANTS),
+)
 def test_any_sequence_of_missing_gradients_goes_as_each_parameter_alone(
     sets: list[set[int]], variant: str
 ) -> None:

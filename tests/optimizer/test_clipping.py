@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ from adamw_triton import AdamW
 from adamw_triton.arguments import OF_THE_OPTIMIZER
 from adamw_triton.step import clipping
 from adamw_triton_kernels import launch, norms_for
+from tests.amount import asked
 from tests.optimizer.problems import DTYPES, bits, copies, parameters, set_grads, state_bits, train
 from tests.optimizer.simulated_graph import SimulatedGraph
 
-CASES = int(os.environ.get("ADAMW_TRITON_CASES", "30"))
+CASES = asked("CASES", 30)
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 SHAPES = ((1,), (31,), (0,), (70, 70), (5000,))
 

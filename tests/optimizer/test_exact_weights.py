@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import pickle
 import random
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,9 +21,9 @@ from adamw_triton.state import placement
 from adamw_triton.state.buffers import OFTEN
 from adamw_triton_kernels.weights import read
 from adamw_triton_kernels.work import MASTER, REMAINDER
+from tests.amount import searched
 from tests.optimizer.problems import bits, saved, state_bits
 
-SEQUENCES = int(os.environ.get("ADAMW_TRITON_SEQUENCES", "12"))
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit", "auto")
 SIZES = ((1,), (5,), (127,), (70, 65), (4097,), (9000,), (33, 200))
 
@@ -81,8 +79,10 @@ class Moves:
         return optimizer, params
 
 
-@settings(max_examples=SEQUENCES, deadline=None)
-@given(
+@searched(
+    "SEQUENCES",
+    12,
+    6,
     seed=st.integers(0, 10**9),
     variant=st.sampled_from(VARIANTS),
     dtype=st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16]),

@@ -31,7 +31,10 @@ FROZEN: dict[str, Callable[[], Tensor]] = {
     "meta": lambda: torch.zeros(8, device="meta"),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Lazy modules", "ignore:.*quantized.*")
+pytestmark = [
+    pytest.mark.bookkeeping,
+    pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Lazy modules", "ignore:.*quantized.*"),
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

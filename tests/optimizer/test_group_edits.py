@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
 from adamw_triton import AdamW
 from adamw_triton.arguments import VARIANTS
+from tests.amount import searched
 
-EXAMPLES = int(os.environ.get("ADAMW_TRITON_EXAMPLES", "100"))
+pytestmark = pytest.mark.bookkeeping
+
 SHAPES = ((7, 6), (5,), (1,), (3, 2, 4), (), (0,))
 EXACT = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128}
 """A parameter's dtype, and its twin's."""
@@ -255,8 +256,10 @@ def test_each_edit_alone(edit: str, variant: str) -> None:
             beside.step(random)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(
+@searched(
+    "EXAMPLES",
+    100,
+    30,
     edits=st.lists(st.tuples(st.sampled_from(sorted(EDITS)), st.integers(0, 999)), min_size=1, max_size=10),
     variant=st.sampled_from(sorted(VARIANTS)),
     seed=st.integers(0, 999),

@@ -15,6 +15,8 @@ from adamw_triton.arguments import VARIANTS
 from tests import gradients
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits, train
 
+pytestmark = pytest.mark.bookkeeping
+
 SHAPES = ((70, 70), (40, 30), (3,))
 
 

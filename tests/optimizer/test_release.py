@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import os
 import pickle
 import random
 import signal
@@ -24,10 +23,11 @@ from adamw_triton.paging.pager import Pager, Work
 from adamw_triton.places import store
 from adamw_triton.state import placement
 from adamw_triton.state.buffers import Page
+from tests.amount import asked
 from tests.optimizer.problems import bits, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order
 
-CASES = int(os.environ.get("ADAMW_TRITON_CASES", "10"))
+CASES = asked("CASES", 10)
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 BUCKET = 40_000
 

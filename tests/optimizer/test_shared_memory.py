@@ -3,12 +3,10 @@ twice, and only there."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,9 +15,10 @@ from adamw_triton import AdamW
 from adamw_triton.arguments import VARIANTS
 from adamw_triton.memory.overlaps import Ranges, share_memory, span
 from adamw_triton.step import stepped
+from tests.amount import searched
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
-EXAMPLES = int(os.environ.get("ADAMW_TRITON_EXAMPLES", "200"))
+pytestmark = pytest.mark.bookkeeping
 
 
 def touched(tensor: Tensor) -> set[int]:
@@ -40,8 +39,7 @@ def views(draw: st.DrawFn) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...
     return dtype, tuple(sizes), tuple(strides), draw(st.integers(0, 12))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(some=st.lists(views(), min_size=2, max_size=4))
+@searched("EXAMPLES", 200, 1, some=st.lists(views(), min_size=2, max_size=4))
 def test_any_strided_views_beside_their_addresses(
     some: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]],
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -18,11 +17,14 @@ from adamw_triton import AdamW
 from adamw_triton.places import store
 from adamw_triton.state import placement
 from adamw_triton.step.release import Release
+from tests.amount import asked
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 from tests.paging.simulated import SimulatedDevice, random_order
 
 Result = tuple[list[bytes], list[dict[str, bytes]]]
-EXAMPLES = int(os.environ.get("ADAMW_TRITON_EXAMPLES", "15"))
+EXAMPLES = asked("EXAMPLES", 15)
+ORDERS = asked("ORDERS", 200)
+"""A thousand pass."""
 PAGE_SIZES = (1, 700, 5_000, 20_000, 64 << 20)
 """Bytes: from one block to everything."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,13 +142,13 @@ def test_parameters_in_any_order_of_memory(layout: Callable[[torch.Tensor], torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
-def test_on_the_simulated_device_in_a_thousand_orders(bits_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_simulated_device_in_any_order(bits_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole optimizer, with the real update."""
     expected = whole_training(bits_, [])
     devices: list[SimulatedDevice] = []
     monkeypatch.setattr(store, "device_for", lambda _: devices[-1])
     with small_pages(9_000):
-        for seed in range(1000):
+        for seed in range(ORDERS):
             devices.append(SimulatedDevice(random_order(seed)))
             assert whole_training("paged_" + bits_, devices) == expected, seed
 
@@ -154,15 +156,14 @@ def test_on_the_simulated_device_in_a_thousand_orders(bits_: str, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.parametrize("bits_", ["32bit", "8bit"])
 def test_released_on_the_simulated_device_in_any_order(bits_: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward and the next forward are on the compute stream, updates beside it. A thousand orders pass:
-    ``ADAMW_TRITON_ORDERS=1000``."""
+    """Backward and the next forward are on the compute stream, updates beside it."""
     monkeypatch.setattr(placement, "BUCKET_BYTES", 20_000)
     monkeypatch.setattr(Release, "_note_backward", lambda self, is_last: None)
     expected = released_training(bits_, [])
     devices: list[SimulatedDevice] = []
     monkeypatch.setattr(store, "device_for", lambda _: devices[-1])
     with small_pages(9_000):
-        for seed in range(int(os.environ.get("ADAMW_TRITON_ORDERS", "300"))):
+        for seed in range(ORDERS // 2):
             devices.append(SimulatedDevice(random_order(seed)))
             assert released_training("paged_" + bits_, devices) == expected, seed
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import linecache
-import os
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from adamw_triton.interrupts import DeferredInterrupt
 from adamw_triton.state import placement
 from adamw_triton.step import batch
 from adamw_triton_kernels import Arrays, Call, Update, fusion, reference
+from tests.amount import WHOLE
 from tests.optimizer.problems import bits, parameters, set_grads, state_bits
 
 VARIANTS = ("8bit", "paged_32bit", "paged_8bit")
@@ -36,8 +38,19 @@ def pages_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "PAGE_BYTES", 9000)
 
 
+@functools.cache
+def _is_ours(file: str) -> bool:
+    return file.startswith((HERE, KERNELS)) or "contextlib" in file
+
+
+@functools.cache
+def _is_with(file: str, line: int) -> bool:
+    return linecache.getline(file, line).lstrip().startswith("with ")
+
+
 class Interrupt:
-    """Raises SIGINT at the n-th line of ours that is executed within ``with``; notes which line each was."""
+    """Raises SIGINT at the n-th line of ours that is executed within ``with``; notes which line each was, up
+    to that."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -51,16 +64,14 @@ class Interrupt:
         sys.settrace(None)
 
     def _frame(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        ours = (
-            frame.f_code.co_filename.startswith((HERE, KERNELS)) or "contextlib" in frame.f_code.co_filename
-        )
-        return self._line if ours else None
+        return self._line if _is_ours(frame.f_code.co_filename) else None
 
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        if _is_with(frame.f_code.co_filename, frame.f_lineno):
             return self._line  # on the way out, nothing can come between: only a trace could
         self.lines.append((frame.f_code.co_filename, frame.f_lineno))
         if len(self.lines) == self.at:
+            sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
         return self._line
 
@@ -79,10 +90,12 @@ def trained(variant: str, steps: int) -> AdamW:
 
 
 def interrupted_at(
-    at: int, variant: str, steps_before: int, kept: list[BaseException]
+    at: int, variant: str, steps_before: int, kept: list[BaseException], rehearsed: dict[Any, set[int]]
 ) -> tuple[AdamW, list[tuple[str, int]]]:
     """The optimizer afterwards, and the lines that were executed. A prompt keeps the last exception, and with
-    it all that was going on: what only that would end has not ended."""
+    it all that was going on: what only that would end has not ended. ``rehearsed``: what the steps before
+    need not rehearse, which takes longer than they do."""
+    reference._rehearsed.update(copy.deepcopy(rehearsed))
     optimizer = trained(variant, steps_before)
     set_grads(optimizer.param_groups[0]["params"], steps_before)
     reference._rehearsed.clear()
@@ -116,7 +129,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fusion, "_Graph", AsItIs)
 
 
-STRIDE = 1 if os.environ.get("ADAMW_TRITON_SEARCH") else 3
+STRIDE = 1 if WHOLE else 3
 
 
 @pytest.mark.slow
@@ -132,7 +145,8 @@ def test_an_interrupt_at_any_line_of_a_step(variant: str, steps_before: int) -> 
     gc.disable()  # a finalizer that the interrupt hits would only print
     try:
         expected = [everything(trained(variant, steps_before + i)) for i in range(3)]
-        _, lines = interrupted_at(NEVER, variant, steps_before, kept)
+        rehearsed = dict(reference._rehearsed)
+        _, lines = interrupted_at(NEVER, variant, steps_before, kept, rehearsed)
         first = {line: at for at, line in reversed(list(enumerate(lines, 1)))}
         last = {line: at for at, line in enumerate(lines, 1)}
         points = sorted({*first.values(), *last.values()})
@@ -140,7 +154,7 @@ def test_an_interrupt_at_any_line_of_a_step(variant: str, steps_before: int) -> 
         points = points[::STRIDE]
         outcomes = set()
         for at in points:
-            optimizer, _ = interrupted_at(at, variant, steps_before, kept)
+            optimizer, _ = interrupted_at(at, variant, steps_before, kept, rehearsed)
             with optimizer._store._unless_held() as free:
                 assert free, f"line {at}"
             values = bits(optimizer.param_groups[0]["params"])

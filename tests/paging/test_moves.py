@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +22,11 @@ from adamw_triton.state import placement
 from adamw_triton.state.buffers import Page, State, StateBuffer
 from adamw_triton.state.formats import Float32
 from adamw_triton.state.placement import Policy
+from tests.amount import asked
 from tests.paging.simulated import Choose, EveryOrder, SimulatedDevice, random_order
 from tests.paging.test_schedule import found, update
 
-ORDERS = int(os.environ.get("ADAMW_TRITON_ORDERS", "40"))
+ORDERS = asked("ORDERS", 40)
 CPU = torch.device("cpu")
 PARAMETERS, NUMEL = 3, 64
 

@@ -19,9 +19,11 @@ from adamw_triton.paging.pager import Arrays, Pager
 from adamw_triton.state.buffers import Page, StateBuffer, make_slots
 from adamw_triton.state.formats import Blockwise8, Float32, Format
 from adamw_triton.state.placement import Ring, staged_bytes
+from tests.amount import WHOLE, asked
 from tests.paging.simulated import EveryOrder, SimulatedDevice, random_order
 
-ORDERS = 1000
+ORDERS = asked("ORDERS", 300)
+"""A fault that a missing wait makes is there in some of a hundred: `orders_that_differ`."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +208,18 @@ SITUATIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_thousand_random_orders_give_the_sequential_bits(name: str) -> None:
+def test_random_orders_give_the_sequential_bits(name: str) -> None:
     situation = SITUATIONS[name]
     expected = situation.sequential()
     for seed in range(ORDERS):
         assert situation.run(SimulatedDevice(random_order(seed))) == expected, seed
 
 
+EVERY = [(5, 2, 1, 377), (4, 3, 1, 341), (5, 3, 1, 2731), (3, 2, 2, 1597), (2, 2, 3, 1597)]
+
+
 @pytest.mark.parametrize(
-    ("pages", "stages", "count", "orders"),
-    [(5, 2, 1, 377), (4, 3, 1, 341), (5, 3, 1, 2731), (3, 3, 2, 21846)],
+    ("pages", "stages", "count", "orders"), [*EVERY, (3, 3, 2, 21846)] if WHOLE else EVERY
 )
 def test_every_order_gives_the_sequential_bits(pages: int, stages: int, count: int, orders: int) -> None:
     """``orders``: how many there are; with fewer, some overlap would have been lost."""
