@@ -47,9 +47,11 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 # Their own modules do not need these libraries to be read.
 autodoc_mock_imports = [name for name in ("lightning", "tqdm", "transformers") if find_spec(name) is None]
-
 html_theme = "furo"
 html_title = f"adamw_triton {version}"
+python_maximum_signature_line_length = 88
+
+html_show_copyright = False
 html_copy_source = False
 html_show_search_summary = False  # it would fetch pages, which a browser does not do without a server
 html_show_sourcelink = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
-from grammar import commands, options
+from grammar import commands, options, sentence
 from sphinx.util.docutils import SphinxDirective
 
 from adamw_triton.cli import build_parser
@@ -19,7 +19,7 @@ class CommandLine(SphinxDirective):
         usage = parser.format_usage()
         shown: list[nodes.Node] = [nodes.literal_block(usage, usage, language="text")]
         if parser.description:
-            shown.insert(0, nodes.paragraph("", f"{parser.description[0].upper()}{parser.description[1:]}."))
+            shown.insert(0, nodes.paragraph("", sentence(parser.description)))
         rows = nodes.definition_list()
         for written, meaning in options(parser):
             term = nodes.term("", "", nodes.literal(written, written))

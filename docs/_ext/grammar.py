@@ -35,3 +35,7 @@ def _written(action: argparse.Action) -> str:
         return f"[{value}]" if action.nargs == "?" else value
     names = ", ".join(action.option_strings)
     return names if action.nargs == 0 else f"{names} {value}{' ...' if action.nargs == '+' else ''}"
+
+
+def sentence(description: str) -> str:
+    return f"{description[0].upper()}{description[1:].rstrip('.')}."

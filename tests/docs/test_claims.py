@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def test_the_first_loop_trains() -> None:
     text = code("start.md").replace(".loss", "")
     exec(text, {"model": model, "batches": [{"x": torch.ones(2, 3)}] * 2})
     assert not torch.equal(model.weight, before)
+
+
+def test_what_is_diagnosed() -> None:
+    page = ROOT / "docs" / "guides" / "monitoring.md"
+    (shown,) = [each.text for each in blocks(page) if each.kind == "text"]
+    seen: dict[str, Any] = {"torch": torch, "AdamW": adamw_triton.AdamW}
+    exec(code("guides/monitoring.md", -1), seen)
+    # Figures may end otherwise on another machine.
+    assert words(str(seen["report"])) == words(shown)
+
+
+def words(text: str) -> list[str]:
+    return re.sub(r"\d\S*", "#", text).split()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would shard on the GPU, without NCCL")

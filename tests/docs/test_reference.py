@@ -83,7 +83,8 @@ def test_entries_exist() -> None:
             except ImportError:
                 module.pop()
         for part in name.split(".")[len(module) :]:
-            found = getattr(found, part)
+            fields = getattr(found, "__dataclass_fields__", {})
+            found = fields[part] if part in fields else getattr(found, part)
         assert found is not None
 
 
