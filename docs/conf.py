@@ -47,6 +47,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 # Their own modules do not need these libraries to be read.
 autodoc_mock_imports = [name for name in ("lightning", "prometheus_client") if find_spec(name) is None]
+
 html_theme = "furo"
 html_title = f"adamw_triton {version}"
 python_maximum_signature_line_length = 88
