@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import warnings
 from collections.abc import Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW as TorchAdamW  # now: somebody may put ours in its place
 
 from adamw_triton.choices import ACCUMULATE_ON, NONFINITE, PREFERENCES, TRANSFERS, check_word
 from adamw_triton.memory.units import format_bytes, parse_bytes
@@ -42,6 +45,13 @@ OF_THE_OPTIMIZER = (
     "telemetry",
 )  # fmt: skip
 _OF_ALL_GRADIENTS = ("max_grad_norm", "nonfinite")
+
+
+@functools.cache
+def torch_defaults() -> Mapping[str, Any]:
+    """What the groups of this torch's AdamW hold. Ours hold as much and no more, unless somebody sets it:
+    torch.distributed.checkpoint goes by the keys of who loads, and both shall load each other's."""
+    return MappingProxyType(TorchAdamW([torch.zeros(1, device="cpu")]).defaults)
 
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:

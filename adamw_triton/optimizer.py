@@ -28,6 +28,7 @@ from adamw_triton.arguments import (
     check_unscaled,
     check_variant,
     check_weights,
+    torch_defaults,
 )
 from adamw_triton.choices import AccumulateOn, Auto, Nonfinite, Prefer, StateFormat, Transfer, VariantName
 from adamw_triton.interrupts import DeferredInterrupt
@@ -42,8 +43,9 @@ from adamw_triton.selection.auto import chooser_for
 from adamw_triton.selection.plans import Plan
 from adamw_triton.state.buffers import Scalars, begin_anew
 from adamw_triton.state.placement import STAGES, sum_page
+from adamw_triton.state.shards import any_shard
 from adamw_triton.step.batch import Batch, Tensors
-from adamw_triton.step.clipping import PROPAGATE, SKIPPED, Clipping, Judged, describe
+from adamw_triton.step.clipping import ELSEWHERE, PROPAGATE, SKIPPED, Clipping, Judged, describe
 from adamw_triton.step.hyperparameters import Settings
 from adamw_triton.step.release import Adding, Release
 from adamw_triton.step.statistics import Statistics
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
 
 _DECIDED = (*OF_THE_OPTIMIZER, "capturable")
 """Arguments that an optimizer keeps for good."""
-_ADDED_KEYS: dict[str, Any] = {"state_bits": None, "maximize": False, "amsgrad": False}
 
 
 class AdamW(torch.optim.Optimizer):
@@ -237,13 +238,16 @@ class AdamW(torch.optim.Optimizer):
         self.telemetry = telemetry
         self._reset()
         defaults = {
+            **torch_defaults(),
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "state_bits": None,
+            "fused": fused,
+            "foreach": foreach,
+            "capturable": capturable,
         }
         check_group(defaults, how.bits)
         check_params(params)
@@ -478,8 +482,8 @@ class AdamW(torch.optim.Optimizer):
         self, batch: Batch, ordered: Tensors, scale: float | Tensor | None, stepped: Stepped
     ) -> Judged:
         def faults() -> list[str]:
-            found = map(describe, stepped.grads, stepped.names)
-            return [each for each in found if each]
+            found = [each for each in map(describe, stepped.grads, stepped.names) if each]
+            return found or [ELSEWHERE] * any_shard(stepped.owners)
 
         return self._clipping.judge(batch.norms(ordered), scale, faults)
 
@@ -603,7 +607,7 @@ class AdamW(torch.optim.Optimizer):
             state_dict = dict(state_dict)
         before, slots = (self.state, self.param_groups), self._store.slots
         reader = checkpoint.Reader(
-            lambda group: check_group({**_ADDED_KEYS, **group}, VARIANTS[self.variant].bits)
+            lambda group: check_group({**torch_defaults(), **group}, VARIANTS[self.variant].bits)
         )
         reading = self.register_load_state_dict_pre_hook(reader)  # behind the user's own
         try:
@@ -631,7 +635,7 @@ class AdamW(torch.optim.Optimizer):
         if "_places" not in self.__dict__:  # unpickled
             self._reset()
         for group in self.param_groups:
-            for key, value in _ADDED_KEYS.items():
+            for key, value in torch_defaults().items():
                 group.setdefault(key, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from adamw_triton.tensors import named
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 Group = dict[str, Any]
 
-_OURS: Group = {"amsgrad": False, "maximize": False, "state_bits": None}
+_OURS: Group = {"amsgrad": False, "maximize": False}
 _FOREIGN = ("alpha", "t_alpha", "t_beta3")  # bitsandbytes', of optimizers that are no AdamW
 
 

@@ -33,6 +33,12 @@ _NAMES = frozenset({"step", NORM, GATHERED, _BITSANDBYTES_WRAPPER, *NOT_OURS}).u
     *({*dialect.parts, *dialect.ignored} for dialect in DIALECTS)
 )
 
+_MERGED = (
+    "torch's set_optimizer_state_dict(full_state_dict=True) puts what it loads beside what the optimizer "
+    "already shows, so that it loads no variant but the one that was saved. optimizer.load_state_dict(full), "
+    "with the whole state dict on every rank, loads any"
+)
+
 MOST_STEPS = 2**31
 """fp32 counts by ones up to 2**24, and bias corrections are 1 long before."""
 
@@ -124,7 +130,7 @@ def read(entry: object, name: str, shape: torch.Size | None = None) -> Saved:
         if key in parts and not (key in KEPT and _went_elsewhere(parts[key], part))
     }
     for key, part in dialect.parts.items():
-        if part.kind == "scales":  # of shards they are in rows
+        if part.kind == "scales":  # perhaps in rows
             plain[key] = plain[key].to(part.dtypes[0]).flatten()
     saved = Saved(dialect, step, plain, 0, _norm(parts.get(NORM, math.inf), name))
     return saved._replace(block=_check_shapes(saved, name, saved.elements.shape if shape is None else shape))
@@ -194,8 +200,8 @@ def _flatten(entry: Entry) -> dict[str, Any]:
             continue
         if key == _BITSANDBYTES_WRAPPER and isinstance(value, Mapping):
             parts.update(value)
-        elif key == REMAINDER and _is_pairs(value):  # of shards
-            parts[key] = value.contiguous().view(torch.int16).squeeze(-1)
+        elif key == REMAINDER and _is_pairs(value):
+            parts[key] = _of_pairs(value)
         elif isinstance(value, Tensor) and hasattr(value, "codes"):  # a quantized subclass
             found = {part: getattr(value, part) for part in _TORCHAO_PARTS if hasattr(value, part)}
             parts.update({f"{key}.{part}": tensor for part, tensor in found.items()})
@@ -206,6 +212,14 @@ def _flatten(entry: Entry) -> dict[str, Any]:
 
 def _is_pairs(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.uint8 and value.shape[-1:] == (2,)
+
+
+def _of_pairs(pairs: Tensor) -> Tensor:
+    """Where they are and in their memory order, if 16-bit integers may lie there."""
+    try:
+        return pairs.view(torch.int16).squeeze(-1)
+    except RuntimeError:
+        return pairs.clone(memory_format=torch.contiguous_format).view(torch.int16).squeeze(-1)
 
 
 def _went_elsewhere(kept: Any, part: Part) -> bool:
@@ -236,6 +250,8 @@ def _not_known(parts: Entry, name: str) -> str:
     for present, absent, whose in OTHERS:
         if present in keys and absent not in keys:
             return f"{what}: that is the state {whose}. {_known()}"
+    if {"exp_avg", "exp_avg_codes"} <= keys:
+        return f"{what}: 32-bit and 8-bit state at once. {_MERGED}"
     closest = max(DIALECTS, key=lambda dialect: len(keys & set(dialect.parts)))
     missing = sorted({"step", *closest.parts} - set(parts) - closest.optional)
     unknown = sorted(keys - set(closest.parts) - closest.ignored)

@@ -96,7 +96,7 @@ def _checked(entry: Any, param: Tensor, name: str) -> Entry:
     if has_state(entry):
         saved = read_part(entry, param, name)
         check_values(saved, name)
-        checked = {**saved.scalars, **put_together(saved.parts, param)}
+        checked = {**saved.scalars, **put_together(saved.parts, param, saved.block)}
     else:
         check_others(entry, name)
     for key, value in others_of(entry).items():

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from adamw_triton.arguments import BLOCK_SIZES
 from adamw_triton.checkpoint.entries import Entry, Saved, has_state, others_of, read
-from adamw_triton.state.formats import as_real
+from adamw_triton.state.formats import Blockwise8, as_real
 from adamw_triton.state.shards import (
     is_shard,
     like,
@@ -21,6 +22,9 @@ from adamw_triton.state.shards import (
     whole_shape,
 )
 from adamw_triton_kernels.work import REMAINDER
+
+_CODES = "exp_avg_codes"
+_SCALES = {array.name for array in Blockwise8().moments if array.per > 1}
 
 
 def read_part(entry: object, param: Tensor, name: str) -> Saved:
@@ -68,18 +72,37 @@ def _cut(state: Entry, param: Tensor, name: str) -> dict[Any, Any]:
     return cut
 
 
-def as_bytes(entry: dict[Any, Any], param: Tensor) -> dict[Any, Any]:
-    """With the remainders of a shard as pairs of bytes, which can be gathered: no collective takes int16."""
-    kept = entry.get(REMAINDER)
-    if not (is_shard(param) and isinstance(kept, Tensor)):
-        return entry
-    pairs = local(kept).unsqueeze(-1).view(torch.uint8)
-    return {**entry, REMAINDER: like(param, pairs, torch.Size([*param.shape, 2]))}
+def as_saved(entry: dict[Any, Any], param: Tensor) -> dict[Any, Any]:
+    """In the form that is saved, one for shards and for whole parameters, so that each can be loaded as the
+    other: scales in rows, where rows are whole blocks, and remainders as pairs of bytes, which can be
+    gathered: no collective takes int16. They are views."""
+    saved = dict(entry)
+    kept, codes = entry.get(REMAINDER), entry.get(_CODES)
+    if isinstance(kept, Tensor) and kept.dtype is torch.int16:
+        pairs = local(kept).unsqueeze(-1).view(torch.uint8)
+        saved[REMAINDER] = like(param, pairs, torch.Size([*param.shape, 2]))
+    if isinstance(codes, Tensor) and codes.shape == param.shape and codes.is_contiguous():
+        for key in _SCALES & entry.keys():
+            block, rest = divmod(codes.numel(), max(1, entry[key].numel()))
+            if block in BLOCK_SIZES and not (rest or is_shard(param)):
+                saved[key] = _in_rows(entry[key], param, block)
+    return saved
 
 
-def put_together(parts: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """What is here, as parts of tensors that are distributed as a shard is, where they have its shape."""
+def put_together(parts: dict[str, Tensor], param: Tensor, block: int = 0) -> dict[str, Tensor]:
+    """What is here, as parts of tensors that are distributed as a shard is, where they have its shape or are
+    the scales of its blocks."""
     if not is_shard(param):
         return parts
     here = local(param).shape
-    return {key: like(param, part) if part.shape == here else part for key, part in parts.items()}
+    whole = {key: like(param, part) if part.shape == here else part for key, part in parts.items()}
+    return whole | {key: _in_rows(parts[key], param, block) for key in _SCALES & parts.keys()}
+
+
+def _in_rows(scales: Tensor, param: Tensor, block: int) -> Tensor:
+    """Those of a parameter whose rows are whole blocks; any others as they are."""
+    here = local(param).shape
+    row = uncut(param) if is_shard(param) else here[1:].numel()
+    if row % block:
+        return scales
+    return like(param, scales.view(here[0], here[1:].numel() // block), rows_of_blocks(param, block))

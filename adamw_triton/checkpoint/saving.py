@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from adamw_triton.checkpoint.entries import GATHERED, Entry, has_state, others_of
-from adamw_triton.checkpoint.parts import as_bytes, put_together, read_part
+from adamw_triton.checkpoint.parts import as_saved, put_together, read_part
 from adamw_triton.choices import STATE_FORMATS, check_word
 from adamw_triton.state.buffers import NORM, Slot, StateBuffer
 from adamw_triton.state.shards import is_shard
@@ -70,7 +70,7 @@ class Writer:
             entry = {**_portable(entry, param, name), **others_of(entry)}
         if self.state_format is None and is_flattened(param) and REMAINDER in entry:
             return _of_one_dtype(entry)
-        return as_bytes(entry, param)
+        return as_saved(entry, param)
 
     def _is_portable(self, param: Tensor, entry: Entry) -> bool:
         if self.state_format is not None:

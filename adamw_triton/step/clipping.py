@@ -24,6 +24,10 @@ from adamw_triton_kernels.work import SKIP, Adapting
 PROPAGATE, SKIPPED, RAISED = NONFINITE
 NAMED = 3
 """Tensors that an error names."""
+ELSEWHERE = (
+    "all that are on this rank are finite, so another rank has some that are not, or the norm of all ranks' "
+    "is above 3.4e38"
+)
 
 
 GradientNorms = Mapping[torch.device, tuple[Any, Tensor]]

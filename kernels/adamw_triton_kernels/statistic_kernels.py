@@ -23,37 +23,52 @@ FACTOR = tl.constexpr(COLUMN["factor"])  # the last
 
 
 @triton.jit
-def halves(x):
-    """The elements at even and at odd places: neighbours are in one thread, and none moves."""
-    return tl.split(tl.reshape(x, [x.numel // 2, 2]))
+def quarters(x):
+    """Every fourth element, four times: neighbours are in one thread, and none moves."""
+    even, odd = tl.split(tl.reshape(x, [x.numel // 4, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _squares_of_four(seen, x):
+    a, b, c, d = quarters(x)
+    return tl.fma(d, d, tl.fma(c, c, tl.fma(b, b, tl.fma(a, a, seen))))
 
 
 @triton.jit
 def squares(seen, x, NEAR: tl.constexpr):
-    if NEAR == 1:
-        return tl.fma(x, x, seen)
+    """``NEAR``: neighbours that are added to one sum, 4 or 16."""
+    if NEAR == 4:
+        return _squares_of_four(seen, x)
     else:
-        even, odd = halves(x)
-        return squares(squares(seen, even, NEAR // 2), odd, NEAR // 2)
+        a, b, c, d = quarters(x)
+        seen = _squares_of_four(_squares_of_four(seen, a), b)
+        return _squares_of_four(_squares_of_four(seen, c), d)
+
+
+@triton.jit
+def _added_four(seen, x):
+    a, b, c, d = quarters(x)
+    return seen + a + b + c + d
 
 
 @triton.jit
 def added(seen, x, NEAR: tl.constexpr):
-    if NEAR == 1:
-        return seen + x
+    if NEAR == 4:
+        return _added_four(seen, x)
     else:
-        even, odd = halves(x)
-        return added(added(seen, even, NEAR // 2), odd, NEAR // 2)
+        a, b, c, d = quarters(x)
+        return _added_four(_added_four(_added_four(_added_four(seen, a), b), c), d)
 
 
 @triton.jit
-def first(x, NEAR: tl.constexpr):
-    """Of so many neighbours."""
-    if NEAR == 1:
-        return x
-    else:
-        even, _ = halves(x)
-        return first(even, NEAR // 2)
+def looked_at(x):
+    """One element in ``SAMPLED``."""
+    a, _, _, _ = quarters(x)
+    a, _, _, _ = quarters(a)
+    return a
 
 
 @triton.jit
@@ -92,13 +107,13 @@ def no_codes(SIZE: tl.constexpr):
 
 @triton.jit
 def see_codes(seen, q, new_q, root_v, new_root_v, r, mask, MASKED: tl.constexpr):
-    """``r``: as it is stored."""
+    """``r``: as it is stored; of ``new_q``, what is more or NaN is stored as 255."""
     top, bottom, stalled, zero = seen
-    q, new_q, r = first(q, SAMPLED), first(new_q, SAMPLED), first(r, SAMPLED)
-    is_top, is_bottom, is_zero = new_q >= 255, new_q == 1, r == 0
-    stays = (q == new_q) & (first(root_v, SAMPLED) != first(new_root_v, SAMPLED))
+    q, new_q, r = looked_at(q), tl.minimum(looked_at(new_q), 255.0), looked_at(r)
+    is_top, is_bottom, is_zero = new_q == 255, new_q == 1, r == 0
+    stays = (q == new_q) & (looked_at(root_v) != looked_at(new_root_v))
     if MASKED:
-        mask = first(mask, SAMPLED)
+        mask = looked_at(mask)
         is_top, is_bottom, is_zero, stays = is_top & mask, is_bottom & mask, is_zero & mask, stays & mask
     return (
         top + is_top.to(tl.int32),

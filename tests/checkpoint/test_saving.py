@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from adamw_triton import AdamW
 from tests.checkpoint import release_0
 from tests.measuring import printed
-from tests.optimizer.problems import bits, parameters, state_bits, train
+from tests.optimizer.problems import bits, parameters, saved, state_bits, train
 
 VARIANTS = ("32bit", "8bit", "paged_32bit", "paged_8bit")
 LAYER = [(256, 256)] * 4 + [(688, 256)] * 3 + [(256,)] * 2
@@ -61,6 +61,31 @@ def test_native_state_is_a_view_of_the_live_one(variant: str) -> None:
     train(optimizer, 1)
     for shown, live in zip(optimizer.state_dict()["state"].values(), optimizer.state.values(), strict=True):
         assert {k: v.data_ptr() for k, v in shown.items()} == {k: v.data_ptr() for k, v in live.items()}
+
+
+def test_the_form_is_that_of_shards() -> None:
+    """Whose scales are rows and whose remainders are pairs of bytes. In memory of another order blocks are of
+    no rows. The form of before, flat and in 16 bits, is read as well."""
+    shapes = {(64, 256): (64, 2), (8, 2, 512): (8, 8), (70, 70): (39,), (5000,): (40,), (3,): None, (): None}
+    params = parameters([*shapes], torch.bfloat16)
+    params.append(Parameter(torch.ones(256, 128, dtype=torch.bfloat16).T))
+    optimizer = AdamW(params, variant="8bit", master_weights=True)
+    train(optimizer, 2)
+    state_dict = saved(optimizer)
+    entries = state_dict["state"].values()
+    for entry, param, rows in zip(entries, params, [*shapes.values(), (256,)], strict=True):
+        assert entry["remainder"].dtype is torch.uint8
+        assert entry["remainder"].shape == (*param.shape, 2)
+        for key in ("exp_avg_scales", "exp_avg_sq_scales") if rows else ():
+            assert entry[key].shape == rows
+    for before in (False, True):
+        if before:
+            for entry, live in zip(entries, optimizer.state.values(), strict=True):
+                entry |= {key: live[key] for key in live if key == "remainder" or "scales" in key}
+            assert {entry["remainder"].dtype for entry in entries} == {torch.int16}
+        twin = AdamW([Parameter(p.detach().clone()) for p in params], variant="8bit", master_weights=True)
+        twin.load_state_dict(state_dict)
+        assert state_bits(twin) == state_bits(optimizer)
 
 
 def test_a_view_outlives_its_optimizer() -> None:

@@ -28,7 +28,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def made(case: Case, way: str) -> tuple[nn.Module, adamw_triton.AdamW]:
     model = WAYS[way](Blocks(**case.sizes or {}).to(case.dtype))
-    return model, adamw_triton.AdamW(model.named_parameters(), lr=1e-3, **case.arguments)
+    return model, case.optimizer(model.named_parameters(), lr=1e-3, **case.arguments)
 
 
 def gathered(model: nn.Module, optimizer: adamw_triton.AdamW) -> dict[str, Any]:
@@ -86,6 +86,15 @@ def load(cases: list[Case], way: str, folder: str, flat: bool = False) -> list[d
         found.append(gathered(model, optimizer))
         train(model, optimizer, range(SAVED, SAVED + 1))
         assert {float(entry["step"]) for entry in optimizer.state.values()} == {SAVED + 1}
+    return found if dist.get_rank() == 0 else []
+
+
+def move(pairs: list[tuple[Case, str, Case, str]], folder: str) -> list[Any]:
+    """Of one optimizer to another: what was saved, and what was loaded."""
+    found = []
+    for number, (one, way, other, way_of_other) in enumerate(pairs):
+        where = str(Path(folder, str(number)))
+        found.append((save([one], way, where, False), load([other], way_of_other, where)))
     return found if dist.get_rank() == 0 else []
 
 

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from tests.distributed.once import once
 from tests.distributed.ranks import together
-from tests.distributed.saving import SAVED, gather, gathered, load, made, masters, save, scatter
+from tests.distributed.saving import SAVED, gather, gathered, load, made, masters, move, save, scatter
 from tests.distributed.training import Case, train
 
 pytestmark = pytest.mark.slow
@@ -65,6 +70,74 @@ def test_what_is_saved_while_training_goes_on(tmp_path: Path) -> None:
     expected = together(2, save, cases, "shards", str(tmp_path), True)[0]
     for one, other in zip(together(2, load, cases, "shards", str(tmp_path), True)[0], expected, strict=True):
         check_equal(one, other)
+
+
+TORCHS = Case({}, optimizer=torch.optim.AdamW)
+MOVES = {
+    **{
+        f"{name}, {one} to {other}": (CASES[name], one, CASES[name], other)
+        for name in ("paged 8bit", "8bit, exact")
+        for one, other in (("whole", "shards"), ("shards", "whole"))
+    },
+    "torch's to ours": (TORCHS, "shards", CASES["32bit"], "shards"),
+    "ours to torch's": (CASES["32bit"], "shards", TORCHS, "shards"),
+}
+
+
+def test_between_shards_and_whole_parameters_and_optimizers(tmp_path: Path) -> None:
+    """By what both call and shape alike, to the bit."""
+    found = together(2, move, list(MOVES.values()), str(tmp_path))[0]
+    for name, ((saved,), (loaded,)) in zip(MOVES, found, strict=True):
+        print(name)
+        check_equal(loaded, saved)
+
+
+def across() -> dict[str, Any]:
+    """torch's whole state dict by torch's way, which merges, and by ours."""
+    model, theirs = made(TORCHS, "shards")
+    train(model, theirs, range(SAVED))
+    whole = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(model, theirs, options=whole)
+    found: dict[str, Any] = {"expected": gathered(model, theirs)}
+    model, ours = made(CASES["32bit"], "shards")
+    set_optimizer_state_dict(model, ours, state, options=whole)
+    found["into 32bit"] = gathered(model, ours)
+    again = get_optimizer_state_dict(model, ours, options=whole)
+    model, theirs = made(TORCHS, "shards")
+    set_optimizer_state_dict(model, theirs, again, options=whole)
+    found["and back"] = gathered(model, theirs)
+    model, coded = made(CASES["paged 8bit"], "shards")
+    found["merged"] = said(set_optimizer_state_dict, model, coded, state)
+    coded.load_state_dict(state)
+    found["coded"] = gathered(model, coded)
+    _, undecided = made(CASES["auto"], "shards")
+    undecided.load_state_dict(coded.state_dict())
+    found["undecided"] = gathered(model, undecided)
+    portable = coded.state_dict(state_format="portable")
+    model, theirs = made(TORCHS, "shards")
+    theirs.load_state_dict(portable)
+    found["into 8bit"] = gathered(model, theirs)
+    return found
+
+
+def said(load: Any, *arguments: Any) -> str:
+    try:
+        load(*arguments, options=StateDictOptions(full_state_dict=True))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_whole_state_dicts_of_other_variants() -> None:
+    found = together(2, across)[0]
+    expected = state_of(found["expected"])
+    check_equal(state_of(found["into 32bit"]), expected)
+    check_equal(state_of(found["and back"]), expected)
+    assert "32-bit and 8-bit state at once" in found["merged"]
+    assert "optimizer.load_state_dict(full), with the whole state dict on every rank" in found["merged"]
+    check_equal(found["undecided"], found["coded"])
+    for key, value in expected.items():
+        torch.testing.assert_close(found["into 8bit"][key], value, rtol=0.1, atol=0.02 * float(value.max()))
 
 
 def test_exact_weights_in_fp32() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import adamw_triton
@@ -40,14 +41,21 @@ def refusals() -> dict[str, str]:
         "partial": said(adamw_triton.AdamW, [sums]),
     }
     param.grad = torch.zeros(param.shape)
-    return found | {"gradient": said(optimizer.step)}
+    found["gradient"] = said(optimizer.step)
+    model, optimizer = made(Case({"variant": "8bit", "nonfinite": "raise"}), "shards")
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+        param.grad.to_local().fill_(float("nan") if dist.get_rank() == 1 else 0.0)
+    return found | {"nonfinite": said(optimizer.step)}
 
 
 def test_what_cannot_be() -> None:
-    found = together(2, refusals)[0]
+    found, of_other = together(2, refusals)
     assert "exp_avg is a DTensor, not a plain tensor: gather it first" in found["state into whole"]
     assert "parameter 0 of group 0 is a DTensor of partial sums" in found["partial"]
     assert "has shape (128,), the parameter (64,)" in found["gradient"]
+    assert "stepped: all that are on this rank are finite, so another rank has some" in found["nonfinite"]
+    assert "stepped: 64 of 64 elements of the gradient of parameter" in of_other["nonfinite"]
 
 
 def told() -> list[list[str]]:

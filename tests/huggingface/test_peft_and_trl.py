@@ -170,4 +170,4 @@ def test_trls_own_script_through_our_launcher(tmp_path: Path, monkeypatch: pytes
     words += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--optim", "paged_adamw_triton_8bit"]
     launch(monkeypatch, *words)
     saved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    assert any(value.dtype is torch.uint8 for entry in saved["state"].values() for value in entry.values())
+    assert any(value.dtype is torch.int8 for entry in saved["state"].values() for value in entry.values())

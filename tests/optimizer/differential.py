@@ -228,7 +228,7 @@ class Pair:
         ours = self._made(
             0,
             [
-                {**group, "state_bits": own["state_bits"]}
+                {**group, "state_bits": own.get("state_bits")}
                 for group, own in zip(groups, self.ours.param_groups, strict=True)
             ],
         )

@@ -62,12 +62,6 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(parameters(), **arguments)
 
 
-@pytest.mark.parametrize("key", ["telemetry"])
-def test_no_keyword_exists_before_it_works(key: str) -> None:
-    with pytest.raises(TypeError, match=key):
-        AdamW(parameters(), **{key: True})  # type: ignore[arg-type]
-
-
 def test_bad_state_bits_of_a_group() -> None:
     with pytest.raises(ValueError, match=r"Invalid state_bits: 4; it must be 8, 32 or None"):
         AdamW([{"params": parameters(), "state_bits": 4}])

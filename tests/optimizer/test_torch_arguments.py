@@ -14,6 +14,24 @@ from adamw_triton import AdamW
 from tests.optimizer.problems import bits, parameters, train
 
 
+def test_groups_hold_what_those_of_torchs_do() -> None:
+    """torch.distributed.checkpoint asks a checkpoint for all of it, and for no more."""
+    for arguments in ({}, {"capturable": True, "foreach": True, "amsgrad": True, "variant": "32bit"}):
+        ours = AdamW(parameters(), **arguments)  # type: ignore[arg-type]
+        arguments.pop("variant", None)
+        theirs = torch.optim.AdamW(parameters(), **arguments)  # type: ignore[arg-type]
+        assert [group.keys() for group in ours.param_groups] == [theirs.param_groups[0].keys()]
+        assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+        ours.load_state_dict(
+            {"state": {}, "param_groups": [{**OLD, "params": list(range(len(parameters())))}]}
+        )
+        assert ours.param_groups[0].keys() - {"state_bits"} == theirs.param_groups[0].keys()
+
+
+OLD = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "state_bits": None}
+"""A group as it was saved before it held as much."""
+
+
 def test_every_argument_of_torchs_is_taken() -> None:
     theirs = inspect.signature(torch.optim.AdamW).parameters
     ours = inspect.signature(AdamW).parameters
@@ -29,7 +47,7 @@ def test_a_choice_among_implementations_changes_nothing(key: str, value: bool | 
     plain = bits(train(AdamW(parameters()), 2))
     chosen: Any = {key: value}
     optimizer = AdamW(parameters(), **chosen)
-    assert key not in optimizer.defaults
+    assert optimizer.param_groups[0][key] is value
     assert bits(train(optimizer, 2)) == plain
     grouped = AdamW([{"params": parameters(), **chosen}])
     assert bits(train(grouped, 2)) == plain
