@@ -42,7 +42,7 @@ myst_enable_extensions = ["colon_fence", "attrs_block"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False  # a constant is shown as what it is
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 # Their own modules do not need these libraries to be read.
