@@ -77,7 +77,7 @@ class AdamW(torch.optim.Optimizer):
             - ``"8bit"``: blockwise 8-bit codes, 2.03 bytes a parameter; tensors of under 4,096
               elements keep 32-bit state
             - ``"paged_32bit"``, ``"paged_8bit"``: the same in pinned host memory; a step streams it
-              through a few staging buffers on the GPU, of 192 MiB in all
+              through a few staging buffers on the GPU, of 96 MiB in all
             - ``"auto"``: the first step chooses by the memory that is left when forward and backward have
               had their peak: 32-bit state on the GPU, else 8-bit, else 8-bit with as much as needed of
               it paged; ``plan`` says why. Where training comes to need more, more is paged. On the CPU,

@@ -1,4 +1,4 @@
-"""Pictures of a run: norms and ratios by layer, from what ``optimizer.stats(per_param=True)`` gave.
+"""Pictures of a run: norms and ratios by layer, from what ``optimizer.stats(per_param=True)`` gave::
 
     history.append(optimizer.stats(per_param=True))  # every so many steps; or JsonLines
     ...

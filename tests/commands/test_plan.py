@@ -375,7 +375,7 @@ def test_release_lets_7b_be_trained_on_24_gb(capsys: pytest.CaptureFixture[str])
     assert "all there" not in said
 
 
-def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_guide_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
@@ -395,8 +395,9 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
     weights, gradients, activations, state, host = [f"{count / GIB:.1f} GiB" for count in told]
     said = f"{weights} of weights, {gradients} of gradients, {activations} of activations, "
     said += f"{state} of state and staging; {host} of state in host"
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
-    assert said in readme
+    page = Path(__file__).parents[2] / "docs" / "guides" / "full_8b_on_24gb.md"
+    page_text = " ".join(page.read_text().split())
+    assert said in page_text
     line = f"{tmp_path} --gpu 4090 --release --accumulation 8 --accumulate-on host --json --host-memory "
     for memory, weights, claim in (
         ("48GiB", "exact", "beside 48 or 64 GiB they are exact ({} of it)"),
@@ -408,18 +409,18 @@ def test_what_the_readme_says_of_llama_3_1_8b(tmp_path: Path, capsys: pytest.Cap
         plan = json.loads(capsys.readouterr().out)["plan"]
         more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"] and each["fits"])
         assert more["weights"] == weights
-        assert claim.format(f"{more['host_bytes'] / GIB:.1f} GiB") in readme
+        assert claim.format(f"{more['host_bytes'] / GIB:.1f} GiB") in page_text
     shares = []
     for batches in (1, 4, 8, 16):
         assert run(f"{line} 64GiB --accumulation {batches}") == 0
         notes = json.loads(capsys.readouterr().out)["plan"]["notes"]
         shares.append(re.findall(r"come on top: ([\d.]+%)", notes[-1])[0])
-    assert "{} for one micro-batch, {} for 4, {} for 8, {} for 16".format(*shares) in readme
+    assert "{} for one micro-batch, {} for 4, {} for 8, {} for 16".format(*shares) in page_text
     assert run(line + "48GiB") == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     more = next(each for each in plan["candidates"] if each["name"] == plan["chosen"])
     assert more["weights"] == "exact"
     moving = re.search(r"(\d.*) of what is there; moving them is (\d.*) of the step", plan["notes"][0])
     assert moving is not None
-    assert f"{more['host_bytes'] / GIB:.1f} GiB of host memory in all" in readme
-    assert f"{moving[1].split()[-2]} GiB of sums, which take {moving[2]} of each step to move" in readme
+    assert f"{more['host_bytes'] / GIB:.1f} GiB of host memory in all" in page_text
+    assert f"{moving[1].split()[-2]} GiB of sums, which take {moving[2]} of each step to move" in page_text

@@ -303,7 +303,7 @@ def test_a_table_for_people() -> None:
     assert page.count("font-weight: bold") == 6
 
 
-def test_the_readmes_plan_is_what_is_printed() -> None:
+def test_the_guides_plan_is_what_is_printed() -> None:
     """Llama-3.2-3B in 16 bits, all of it trained, on a T4."""
     shapes = [
         (3072, 3072),
@@ -318,9 +318,9 @@ def test_the_readmes_plan_is_what_is_printed() -> None:
     llama_3b = [Parameter(torch.empty(shape, dtype=torch.float16, device="meta")) for shape in shapes]
     assert sum(param.numel() for param in llama_3b) == 3_212_749_824
     plan = adamw_triton.plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = Path(__file__).parents[2] / "docs" / "guides" / "which_variant.md"
     call = 'plan(llama_3b, gpu_memory="T4", host_memory="25GiB", activations="1GiB"))\n'
-    shown = readme.partition(call)[2].partition("```")[0]
+    shown = page.read_text().partition(call)[2].partition("```")[0]
     assert shown.rstrip("\n") == str(plan)
 
 
