@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "sm_100": "tests/optimizer/test_compiled.py",
     "sm_120": "tests/optimizer/test_statistics.py::test_released_steps_say_what_ordinary_ones_do",
 }
-"""Tests of the optimizer's own: steps after loading, in graphs, over pages, beside plain torch; statistics."""
+"""Tests of the optimizer's own: steps after loading, in graphs, over pages, beside torch; statistics."""
 TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.pathsep)))
 """Folders with other releases of Triton."""
 
