@@ -25,7 +25,6 @@ def searched(
 ) -> Callable[[Callable[..., None]], Callable[[str], None]]:
     """hypothesis' ``given``, for tests of the optimizer: so many examples in plain torch, and so many where
     the interpreter, which is slow, runs kernels."""
-
     from hypothesis import given, settings
 
     def decorate(check: Callable[..., None]) -> Callable[[str], None]:
@@ -56,8 +55,8 @@ def covering(cases: Mapping[K, Mapping[str, Hashable]], together: int = 1) -> li
 
 
 def some(*table: Iterable[Hashable], together: int = 2) -> list[tuple[Any, ...]]:
-    """Of the product of these, so many that each two values of two are in one at least; or all that is asked
-    for."""
+    """Of the product of these, so many that any values of so many ``together`` are in one at least; all of it
+    where the whole is asked for."""
     whole = list(product(*table))
     few = covering({case: {str(n): value for n, value in enumerate(case)} for case in whole}, together)
     return whole if WHOLE else [case for case in whole if case in few]

@@ -26,6 +26,7 @@ WIDTHS = (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "fp16"), ("bf16", "fp32")
 """Pairs that differ in what they move."""
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
 SPILLS = some(TARGETS, KERNELS, WIDTHS, (True, False), together=3)
+"""Builds that are looked at for spills: each for some targets, half of them for each."""
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZERS = {
@@ -40,11 +41,17 @@ TRITONS = list(filter(None, os.environ.get("ADAMW_TRITON_TRITONS", "").split(os.
 """Folders with other releases of Triton."""
 
 
+QUICK = {("32bit", True), ("32bit", False), ("8bit 128", False)}
+
+
 def _builds() -> Iterator[object]:
-    for kernel, (param, grad), aligned in some(KERNELS, PAIRS, (True, False)):
-        name = f"{kernel}-{param}-{grad}-{'aligned' if aligned else 'misaligned'}"
-        quick = (param, grad) == PAIRS[0] and kernel in ("32bit", "8bit 128")
-        yield pytest.param(kernel, param, grad, aligned, id=name, marks=() if quick else pytest.mark.slow)
+    for kernel in KERNELS:
+        for param, grad in PAIRS:
+            for aligned in (True, False):
+                name = f"{kernel}-{param}-{grad}-{'aligned' if aligned else 'misaligned'}"
+                quick = (param, grad) == PAIRS[0] and (kernel, aligned) in QUICK
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(kernel, param, grad, aligned, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("kernel", "param", "grad", "aligned"), list(_builds()))
@@ -89,8 +96,7 @@ def spilling(target: int) -> dict[str, str]:
     from bench.compiled.assembled import assembled
     from bench.compiled.checks import Case
 
-    builds = [(kernel, *pair, aligned) for of, kernel, pair, aligned in SPILLS if of == target]
-    cases = [Case(target, *build) for build in builds]
+    cases = [Case(target, kernel, *pair, aligned) for of, kernel, pair, aligned in SPILLS if of == target]
     return {str(case): found for case in cases if (found := assembled(case).local)}
 
 
