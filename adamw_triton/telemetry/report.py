@@ -50,9 +50,9 @@ class Finding:
         return f"{self.title}, since step {self.step}: {self.measured}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """``str()`` of it is text of 80 columns; ``rich.print`` and a notebook show a table."""
+    """At a prompt and printed it is text of 80 columns; ``rich.print`` and a notebook show a table."""
 
     findings: tuple[Finding, ...]
     """What matters most comes first."""
@@ -87,6 +87,9 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _lines(self) -> Iterator[str]:
         yield from textwrap.wrap(self.title, WIDTH)
