@@ -143,7 +143,8 @@ class AdamW(torch.optim.Optimizer):
             weights whose update was rounded away, and more (``stats()``, ``diagnose()``). True: at every
             step; N: at every N-th, and the others run the plain kernels. Weights and state are the same to
             the bit. Replays of a CUDA graph say nothing. Where parameters are shards, the ranks add up at
-            those steps.
+            those steps; of what FSDP (version 1) has flattened, and under ZeroRedundancyOptimizer, each rank
+            tells of its part.
         fused, foreach, differentiable: torch.optim.AdamW's choice among its implementations, taken for its
             callers' sake: the first two change nothing, ``differentiable=True`` is refused.
 

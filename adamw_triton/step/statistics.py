@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -134,7 +135,9 @@ class Statistics:
         settings = {id(param): group for group in groups for param in group["params"]}
         for left in self._left:
             for slots, table in left.of_device():
-                tensors += [_told(slot, names[id(slot.param)], settings[id(slot.param)]) for slot in slots]
+                for slot in slots:  # whose parameter may have been taken out of its group since
+                    key = id(slot.param)
+                    tensors.append(_told(slot, names.get(key, slot.name), settings.get(key, {})))
                 tables.append(table)
         stepped = {id(slot.param) for left in self._left for slots in left._slots.values() for slot in slots}
         idle = [name for key, name in names.items() if key not in stepped]
@@ -160,11 +163,11 @@ def _told(slot: Slot, name: str, group: Mapping[str, Any]) -> Told:
         dtype=slot.param.dtype,
         weights=slot.format.weights,
         bits=int(slot.format.name.removesuffix("bit")),
-        lr=_number(group["lr"]),
-        weight_decay=float(group["weight_decay"]),
+        lr=_number(group.get("lr", nan)),
+        weight_decay=_number(group.get("weight_decay", nan)),
     )
 
 
 def _number(value: float | Tensor) -> float:
     """NaN for what the host would have to wait for."""
-    return float("nan") if isinstance(value, Tensor) and not value.is_cpu else float(value)
+    return nan if isinstance(value, Tensor) and not value.is_cpu else float(value)
