@@ -298,7 +298,7 @@ class AdamW(torch.optim.Optimizer):
 
         history = self._statistics.history()
         names = None if model is None else model_names(model, self.param_groups)
-        return diagnose(history, names=names, ranks=of_all_ranks(history) if across_ranks else ())
+        return diagnose(history, names=names, ranks=of_all_ranks(history) if across_ranks else None)
 
     @property
     def spills(self) -> int:
@@ -308,9 +308,9 @@ class AdamW(torch.optim.Optimizer):
     def stats(
         self, *, per_param: bool = False, wait: bool = True, model: torch.nn.Module | None = None
     ) -> dict[str, float]:
-        """What the last step did that ``telemetry`` has looked at: a flat dict of ``"step"`` (which call of
-        ``step()``; the first is 1) and the numbers that ``telemetry.observed.METRICS`` names, of all
-        parameters together. Empty before there is one.
+        """What the last step did that ``telemetry`` has looked at: a flat dict of ``"step"``, its number, and
+        of what ``telemetry.observed.METRICS`` names, of all parameters together. Numbers go on from a loaded
+        state; a step that raises, or that a gradient scaler leaves out, has none. Empty before there is one.
 
         Args:
             per_param: also ``"grad_norm/<name>"`` and so on, of each that had a gradient.
@@ -627,6 +627,7 @@ class AdamW(torch.optim.Optimizer):
         finally:
             reading.remove()
         self._whole = WholeSteps()
+        self._statistics.go_on_from(self.state)
         if self._release is not None:
             # Gradients of a backward that failed are none of the next.
             self._release.abandon(self.param_groups)
@@ -635,6 +636,7 @@ class AdamW(torch.optim.Optimizer):
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         if "_places" not in self.__dict__:  # unpickled
             self._reset()
+            self._statistics.go_on_from(self.state)
         for group in self.param_groups:
             for key, value in torch_defaults().items():
                 group.setdefault(key, value)

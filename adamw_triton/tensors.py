@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -134,13 +135,15 @@ def name_of(group: Mapping[str, Any], group_index: int, index: int) -> str:
 
 
 def keys_of(groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """By id of each parameter, the name that the user gave it; else its group and its place there: "0.3"."""
-    found = {}
+    """By id of each parameter, the name that the user gave it; else its group and its place there: "0.3".
+    Names that several groups have are told apart by their group, too."""
+    found, counts = {}, Counter(name for group in groups for name in group.get("param_names", ()))
     for group_index, group in enumerate(groups):
         names = group.get("param_names", ())
         known = len(names) == len(group["params"])
         for index, param in enumerate(group["params"]):
-            found[id(param)] = str(names[index]) if known else f"{group_index}.{index}"
+            name = str(names[index]) if known else str(index)
+            found[id(param)] = name if known and counts[name] == 1 else f"{group_index}.{name}"
     return found
 
 

@@ -51,7 +51,7 @@ class Left:
     def of_device(self) -> Iterator[tuple[Sequence[Slot], Tensor]]:
         """Tensors, and of each a row: its sums, over all ranks, and its hyperparameters."""
         for device, sums in self.sums.items():
-            hyper = torch.zeros((len(sums), NUMBERS), device=device)
+            hyper = torch.zeros((len(sums), NUMBERS), dtype=torch.float32, device=device)
             for places, rows, table in self._hyper.get(device, ()):
                 there = send(torch.tensor([*places, *rows], device="cpu"), device)
                 numbers = table if table.device == device else send(table, device)
@@ -140,11 +140,18 @@ class Statistics:
                     tensors.append(_told(slot, names.get(key, slot.name), settings.get(key, {})))
                 tables.append(table)
         stepped = {id(slot.param) for left in self._left for slots in left._slots.values() for slot in slots}
+        if not tensors:  # of a step without gradients
+            self._left = []
+            return
         idle = [name for key, name in names.items() if key not in stepped]
         self._left = []
         self._known.append(_Arriving(self._steps, tensors, tables, idle))
         for each in self._known:
             each.arrived(wait=False)  # and its pinned memory is free again
+
+    def go_on_from(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Count from the steps that a loaded state has had."""
+        self._steps = max((int(entry["step"]) for entry in state.values() if "step" in entry), default=0)
 
     def drop(self) -> None:
         """What has been left by buckets of a step that is not to be."""
@@ -165,6 +172,7 @@ def _told(slot: Slot, name: str, group: Mapping[str, Any]) -> Told:
         bits=int(slot.format.name.removesuffix("bit")),
         lr=_number(group.get("lr", nan)),
         weight_decay=_number(group.get("weight_decay", nan)),
+        dims=slot.param.dim(),
     )
 
 

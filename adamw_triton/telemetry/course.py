@@ -40,13 +40,13 @@ class Course:
     @cached_property
     def numels(self) -> Tensor:
         """float64 [tensors]"""
-        return torch.tensor([told.numel for told in self.told], dtype=torch.float64)
+        return torch.tensor([told.numel for told in self.told], dtype=torch.float64, device="cpu")
 
     @cached_property
     def rounded(self) -> Tensor:
         """Which weights are of 16 bits and rounded to nearest. bool [tensors]"""
         kinds = [told.weights == NEAREST and told.dtype.itemsize == 2 for told in self.told]
-        return torch.tensor(kinds, dtype=torch.bool)
+        return torch.tensor(kinds, dtype=torch.bool, device="cpu")
 
     def step(self, index: int) -> int:
         """Which call of ``step()`` one of these was."""
@@ -54,7 +54,9 @@ class Course:
 
     def total(self, metric: str) -> Tensor:
         """One of ``METRICS``: float64 [steps]"""
-        return torch.tensor([step.total.get(metric, nan) for step in self._steps], dtype=torch.float64)
+        return torch.tensor(
+            [step.total.get(metric, nan) for step in self._steps], dtype=torch.float64, device="cpu"
+        )
 
     def each(self, metric: str) -> Tensor:
         """One of ``METRICS``: float64 [steps, tensors]"""
@@ -86,7 +88,7 @@ class Course:
         return self._series[name]
 
     def _aligned(self, rows: Sequence[Tensor]) -> Tensor:
-        found = torch.full((len(self._steps), len(self._last)), nan, dtype=torch.float64)
+        found = torch.full((len(self._steps), len(self._last)), nan, dtype=torch.float64, device="cpu")
         for index, (row, columns) in enumerate(zip(rows, self._columns, strict=True)):
             found[index, columns] = row
         return found
@@ -96,13 +98,13 @@ class Course:
         """Of each step, where its tensors stand among all."""
         place = {name: index for index, name in enumerate(self._last)}
         return [
-            torch.tensor([place[told.name] for told in step.tensors], dtype=torch.long)
+            torch.tensor([place[told.name] for told in step.tensors], dtype=torch.long, device="cpu")
             for step in self._steps
         ]
 
 
 def _numbers(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def streak(held: Tensor) -> Tensor:

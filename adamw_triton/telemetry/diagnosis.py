@@ -150,13 +150,16 @@ SLACK = 5
 
 
 def diagnose(
-    history: Sequence[Observed], *, names: Mapping[str, str] | None = None, ranks: Sequence[Observed] = ()
+    history: Sequence[Observed],
+    *,
+    names: Mapping[str, str] | None = None,
+    ranks: Sequence[Observed] | None = None,
 ) -> Report:
     """
     Args:
         history: the last steps that were looked at, ``HISTORY`` of them at most, in their order.
         names: what to call tensors, by the names they were told by.
-        ranks: the newest step that all ranks have, as each has seen it; empty: ranks are not compared.
+        ranks: the newest step that all ranks have, as each has seen it; None: ranks are not compared.
     """
     history = [_renamed(step, names) for step in history] if names else history
     seen = Seen(history, ranks)
@@ -172,10 +175,17 @@ def diagnose(
 
 
 def of_all_ranks(history: Sequence[Observed]) -> list[Observed]:
-    """The newest step, as each rank of the default process group has seen it. All of them have to ask."""
-    found: list[Observed | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, history[-1] if history else None)
-    return [step for step in found if step is not None]
+    """The newest step that all ranks of the default process group have, as each has seen it, if there is one.
+    All of them have to ask."""
+    mine = {step.step: step for step in history}
+    known: list[list[int]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(known, list(mine))
+    common = set.intersection(*map(set, known))
+    if not common:
+        return []
+    found: list[Observed] = [mine[max(common)]] * len(known)
+    torch.distributed.all_gather_object(found, mine[max(common)])
+    return found
 
 
 def _finding(rule: Rule, kind: str, symptom: Symptom) -> Finding:
@@ -207,6 +217,8 @@ def _renamed(step: Observed, names: Mapping[str, str]) -> Observed:
 def _notes(seen: Seen, findings: Sequence[Finding]) -> Iterator[str]:
     if 0 < len(seen.steps) < PATIENCE:
         yield f"Most of what can be wrong takes {PATIENCE} steps to show."
+    if seen.ranks is not None and not seen.ranks:
+        yield "Ranks were not compared: they have no step in common that all have looked at."
     idle = set(seen.steps[-1].idle) if seen.steps else set()
     if idle := idle.difference(seen.clean.names, *(finding.tensors for finding in findings)):
         yield f"Parameters without a gradient in any of these steps, as if frozen: {len(idle)}."

@@ -18,6 +18,9 @@ EXPLODED, EXPLODING = 10.0, 3
 """The same of one tensor in four at most, while"""
 QUIET = 2.0
 """is what the others reach."""
+LOUD = 0.3
+"""Of the norm of all gradients, what those that explode have at least: tensors that begin with hardly any
+gradient may have a hundred times as much when they come to life."""
 APART = 1e-5
 """By how much norms of the same tensors may differ, as sums in fp32 in another order do."""
 
@@ -28,7 +31,7 @@ def nonfinite(seen: Seen) -> Symptom | None:
     first = seen.broken[0]
     bad = first.each["nan_count"] + first.each["inf_count"]
     counts = {name: first.total[name] for name in ("nan_count", "inf_count")}
-    skipped = sum(step.total["clip_coefficient"] == 0 for step in seen.broken)
+    skipped = sum(step.skipped for step in seen.broken)
     numbers = {**counts, "steps": len(seen.broken), "of them skipped": skipped}
     return Symptom(first.step, numbers, worst_first(Course([first]), bad > 0, bad) if bad.min() == 0 else ())
 
@@ -55,6 +58,8 @@ def exploding(seen: Seen) -> Symptom | None:
     times = torch.where(known, norms[-EXPLODING:].amin(0) / usual, torch.nan)
     exploded, step = lasting(seen.clean, norms > EXPLODED * torch.where(known, usual, torch.inf), EXPLODING)
     if not 0 < int(exploded.sum()) <= len(exploded) / 4 or times.nanmedian() > QUIET:
+        return None
+    if norms[-1, exploded].norm() < LOUD * seen.clean.total("grad_norm")[-1]:
         return None
     names = worst_first(seen.clean, exploded, times)
     worst = seen.clean.names.index(names[0])
@@ -97,10 +102,13 @@ def frozen(seen: Seen) -> Symptom | None:
 
 def ranks_differ(seen: Seen) -> Symptom | None:
     """In what one step saw of gradients and weights."""
-    alike = {(step.step, tuple(told.name for told in step.tensors)) for step in seen.ranks}
-    if len(alike) != 1:
+    ranks = seen.ranks or ()
+    if len({step.step for step in ranks}) != 1:
         return None
-    course = Course(seen.ranks)
+    stepped = [{told.name for told in step.tensors} for step in ranks]
+    if some := set[str]().union(*stepped) - stepped[0].intersection(*stepped):
+        return Symptom(ranks[0].step, {"tensors of some ranks alone": len(some)}, tuple(sorted(some)))
+    course = Course(ranks)
     shown = {
         "grad_norm": course.each("grad_norm"),
         "weight_norm": course.each("weight_norm"),

@@ -26,7 +26,7 @@ CODES = ("top_share", "bottom_share", "zero_share", "stalled_share")
 """Of 8-bit state alone, of one code in ``SAMPLED``."""
 METRICS = (*NORMS, *RATIOS, *MOMENTS, *COUNTS, "clip_coefficient", *CODES)
 """Of a tensor and, under the same names, of all. Of a step that was skipped they are 0, but for what is of
-gradients.
+gradients. Squares are added up in fp32: elements count from about 1e-19 to 1e19.
 
 - ``grad_norm``: of the gradient, unscaled, before it was clipped
 - ``weight_norm``: of the weight that the step found
@@ -40,7 +40,8 @@ gradients.
 - ``effective_lr``: what m is multiplied by where v is ``exp_avg_sq_mean``: lr/(1-beta1**step) over
   sqrt(v/(1-beta2**step))+eps; of all tensors the mean, elements counting alike
 - ``nan_count``, ``inf_count``: elements of the gradient
-- ``clip_coefficient``: what the gradient was multiplied by; of all the smallest; 0 if the step was skipped
+- ``clip_coefficient``: what the gradient was multiplied by; of all the smallest; 0 if the step was skipped or
+  clipped by an infinite norm
 - ``top_share``: of v's codes those at 255, above which nothing fits; ``bottom_share``: those at 1, the
   floor; ``zero_share``: of m's codes those at 0; ``stalled_share``: of v's codes those that stayed although
   v had changed
@@ -61,6 +62,7 @@ class Told(NamedTuple):
     lr: float
     """NaN if only the GPU knows it."""
     weight_decay: float
+    dims: int = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Observed:
     """One step.
 
     Args:
-        step: which call of ``step()`` it was; the first is 1.
+        step: its number, see ``AdamW.stats``.
         tensors: those that had a gradient.
         sums: float64 [tensors, 16], see ``adamw_triton_kernels.statistics``.
         hyper: float64 [tensors, 7]: ``work.Hyper`` of each, without its phase.
@@ -80,6 +82,11 @@ class Observed:
     sums: Tensor
     hyper: Tensor
     idle: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> bool:
+        """For gradients that were not finite: of all tensors, or of a bucket's."""
+        return bool((self._column("factor") == SKIP).any())
 
     @cached_property
     def each(self) -> Mapping[str, Tensor]:
@@ -158,7 +165,7 @@ class Observed:
 
 
 def _of(tensors: Sequence[Told], field: str) -> Tensor:
-    return torch.tensor([getattr(told, field) for told in tensors], dtype=torch.float64)
+    return torch.tensor([getattr(told, field) for told in tensors], dtype=torch.float64, device="cpu")
 
 
 def _norms(gradient: Tensor, weight: Tensor, gone: Tensor, decayed: Tensor) -> dict[str, Tensor]:

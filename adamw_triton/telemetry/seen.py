@@ -36,9 +36,10 @@ class Symptom(NamedTuple):
 
 
 class Seen:
-    """Steps in their order. ``ranks``: a step as each rank has seen it; empty: nobody asked."""
+    """Steps in their order. ``ranks``: a step as each rank has seen it, none if they have none in common;
+    None: nobody asked."""
 
-    def __init__(self, steps: Sequence[Observed], ranks: Sequence[Observed] = ()) -> None:
+    def __init__(self, steps: Sequence[Observed], ranks: Sequence[Observed] | None = None) -> None:
         self.steps = [step for step in steps if step.tensors]
         self.ranks = ranks
         finite = [_is_finite(step) for step in self.steps]
@@ -46,7 +47,7 @@ class Seen:
         """Steps that were skipped, or whose gradients or weights were not finite."""
         self.clean = Course([step for step, good in zip(self.steps, finite, strict=True) if good])
         """All others."""
-        self.lost = bool(finite) and not finite[-1] and self.broken[-1].total["clip_coefficient"] != 0
+        self.lost = bool(finite) and not finite[-1] and not self.broken[-1].skipped
         """Whether the last one has made weights NaN."""
 
     @cached_property
@@ -61,7 +62,7 @@ Test = Callable[[Seen], "Symptom | None"]
 
 def _is_finite(step: Observed) -> bool:
     total = step.total
-    bad = total["nan_count"] + total["inf_count"] > 0 or total["clip_coefficient"] == 0
+    bad = total["nan_count"] + total["inf_count"] > 0 or step.skipped
     return not bad and isfinite(total["grad_norm"]) and isfinite(total["weight_norm"])
 
 

@@ -85,13 +85,14 @@ def _decays_fast(course: Course, *, above: float = 0.0, below: float = inf) -> S
 
 
 def decay_off(seen: Seen) -> Symptom | None:
-    """Who has none, though most of its like in other layers have."""
+    """Who has none, though most of its like in other layers have, of as many dimensions: in a list of modules,
+    a norm's weight is called as a matrix is."""
     if len(seen.clean) < PATIENCE:
         return None
-    alike: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    alike: dict[tuple[str, int], list[tuple[str, float]]] = defaultdict(list)
     for told in seen.clean.told:
         for family, _ in families(told.name):
-            alike[family].append((told.name, told.weight_decay))
+            alike[family, told.dims].append((told.name, told.weight_decay))
     off = {
         name: max(decay for _, decay in members)
         for members in alike.values()
@@ -164,7 +165,7 @@ def code_floor(seen: Seen) -> Symptom | None:
     """In layers: outside of them there are embeddings, which have the floor for tokens that never came."""
     course = seen.clean
     shares = course.each("bottom_share")
-    layers = torch.tensor([any(families(name)) for name in course.names], dtype=torch.bool)
+    layers = torch.tensor([any(families(name)) for name in course.names], dtype=torch.bool, device="cpu")
     floored, step = lasting(course, layers & (shares > FLOORED))
     if not floored.any():
         return None

@@ -57,7 +57,7 @@ class Tally:
         self._sums = sums
         self._rows = layout.sums
         self._scales = hyper[list(layout.rows), 0]
-        own = torch.ones(len(layout.sums), device=sums.device)
+        own = torch.ones(len(layout.sums), dtype=torch.float32, device=sums.device)
         if factors is not None:
             own = factors[list(layout.factors)] if layout.factors else own * factors[0]
         sums[list(layout.sums), COLUMN["factor"]] = own
@@ -118,7 +118,7 @@ def _seen(before: Tensor, after: Tensor, grad: Tensor, m: Tensor, v: Tensor, *nu
     change = m / (v.sqrt() * inv_root_correction2 + eps) + p * decay
     lost = ((before == after) & (change != 0)).sum() * (step_size != 0)
     highest = torch.where(v == v, v, 0.0).amax()
-    squares = [torch.dot(each, each) for each in (g, p, change, m)]
+    squares = [(each * each).sum() for each in (g, p, change, m)]  # in pairs, where dot() adds up in a row
     return torch.stack([*squares, v.sum(), lost.float(), highest])
 
 

@@ -194,7 +194,11 @@ def test_copies_and_pickles_go_on() -> None:
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.stats() == {}
         train(other, 1, first=3)
-        assert other.stats()["step"] == 1
+        assert other.stats()["step"] == 3
+    resumed = AdamW(named(), variant="8bit", telemetry=True)
+    resumed.load_state_dict(saved(optimizer))
+    train(resumed, 1, first=3)
+    assert resumed.stats()["step"] == 3
 
 
 def test_statistics_are_only_taken_where_asked(caplog: pytest.LogCaptureFixture) -> None:
@@ -203,3 +207,47 @@ def test_statistics_are_only_taken_where_asked(caplog: pytest.LogCaptureFixture)
         train(optimizer, 2)
         assert optimizer.stats() == {}
         assert not optimizer.diagnose().findings
+
+
+@pytest.mark.parametrize("variant", ["32bit", "8bit", "paged_8bit", "auto"])
+def test_a_step_without_gradients_says_nothing(variant: str) -> None:
+    optimizer = AdamW(named(), variant=variant, telemetry=True)
+    for step in (1, 2, 3):
+        train(optimizer, 1, first=2 * step)
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.stats()["grad_norm"] > 0
+    assert len(optimizer.diagnose().steps) == 3
+
+
+@pytest.mark.parametrize("variant", ["32bit", "8bit"])
+def test_torchs_defaults_are_others(variant: str) -> None:
+    dtype = torch.get_default_dtype()
+    optimizer = AdamW(named(), variant=variant, telemetry=True, max_grad_norm=1.0)
+    try:
+        for other in (torch.bfloat16, torch.float16, torch.float64):
+            torch.set_default_dtype(other)
+            train(optimizer, 1)
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            assert optimizer.stats(per_param=True)["grad_norm"] > 0
+            assert optimizer.diagnose().steps == (1, 2, 3)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def test_names_of_several_models_are_told_apart() -> None:
+    groups = [{"params": nn.Linear(3, 4).named_parameters()} for _ in range(2)]
+    optimizer = AdamW(groups, variant="32bit", telemetry=True)
+    train(optimizer, 1)
+    found = optimizer.stats(per_param=True)
+    assert {f"grad_norm/{group}.{name}" for group in (0, 1) for name in ("weight", "bias")} <= found.keys()
+
+
+def test_an_infinite_norm_is_no_skip() -> None:
+    optimizer = AdamW(named(), variant="32bit", telemetry=True, max_grad_norm=1.0)
+    params = optimizer.param_groups[0]["params"]
+    set_grads(params, 1)
+    params[1].grad[3] = torch.inf
+    optimizer.step()
+    assert optimizer.diagnose().findings[0].numbers["of them skipped"] == 0

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adamw_triton.choices import TRANSFERS
 from adamw_triton.paging.device import Device
-from adamw_triton.paging.transfer import COPY, TRANSFERS, ZERO_COPY, Choice
+from adamw_triton.paging.transfer import COPY, ZERO_COPY, Choice
 
 TRIALS = [COPY, COPY, ZERO_COPY, ZERO_COPY]
 

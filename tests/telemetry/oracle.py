@@ -73,7 +73,7 @@ class Watched:
         weights = "stochastic" if self._stochastic and param.dtype is torch.bfloat16 else kept
         bits = 8 if "exp_avg_codes" in state else 32
         rates = float(group["lr"]), float(group["weight_decay"])
-        return Told(name, param.numel(), param.dtype, weights, bits, *rates)
+        return Told(name, param.numel(), param.dtype, weights, bits, *rates, param.dim())
 
     def _row(
         self, param: Tensor, group: dict[str, Any], seen: dict[str, Any], factor: float

@@ -23,6 +23,7 @@ USUAL: dict[str, Any] = {
     "bits": 32,
     "lr": 1e-3,
     "weight_decay": 0.1,
+    "dims": 2,
     "grad_norm": 1.0,
     "weight_norm": 10.0,
     "update_norm": 0.01,

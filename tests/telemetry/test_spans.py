@@ -39,7 +39,7 @@ IN, UPDATE, OUT, RELEASE = spans.PAGE_IN, spans.UPDATE, spans.PAGE_OUT, spans.RE
             {IN, UPDATE, OUT, RELEASE},
         ),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(map(str, value if isinstance(value, set) else value.values()))),
 )
 def test_ranges_in_a_profile(settings: dict[str, Any], seen: set[str]) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
