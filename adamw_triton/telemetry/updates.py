@@ -85,7 +85,7 @@ def _decays_fast(course: Course, *, above: float = 0.0, below: float = inf) -> S
 
 
 def decay_off(seen: Seen) -> Symptom | None:
-    """Who has none, though most of its like in other layers have, of as many dimensions: in a list of modules,
+    """Who has none, though most of its like in other layers have, of as many dimensions: in a list of modules
     a norm's weight is called as a matrix is."""
     if len(seen.clean) < PATIENCE:
         return None
