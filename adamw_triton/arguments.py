@@ -56,6 +56,7 @@ def torch_defaults() -> Mapping[str, Any]:
 
 def check_variant(variant: object, block_size: object, capturable: bool) -> Variant:
     check_word("variant", variant, tuple(VARIANTS))
+    check_switch("capturable", capturable)
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"Invalid block_size: {block_size!r}; it must be 128 or 256")
     found = VARIANTS[str(variant)]
@@ -240,7 +241,16 @@ def _is_numeric(value: object, is_pair: bool) -> bool:
     return isinstance(value, tuple | list) and all(_is_numeric(each, False) for each in value)
 
 
+def check_switch(name: str, value: object) -> None:
+    """Of 0 and 1, too, which some formats make of truth values; not of text, of which all is true, or of a
+    number that was meant for another argument."""
+    if not isinstance(value, int) or value not in (False, True):
+        raise ValueError(f"Invalid {name}: {value!r}; it must be True or False")
+
+
 def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:
+    for switch in ("amsgrad", "maximize"):
+        check_switch(switch, group[switch])
     lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
     for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -288,12 +298,28 @@ def check_keys(group: Mapping[str, Any], group_index: int, optimizer: object) ->
                     "go by the gradients of its own parameters alone: call torch.nn.utils.clip_grad_norm_ "
                     "before step(), with error_if_nonfinite=True if need be"
                 )
-        meant = difflib.get_close_matches(str(key), _OF_A_GROUP, n=1, cutoff=0.85)
-        if meant and key not in _OF_A_GROUP:
+        if meant := _meant_by(str(key)):
             warnings.warn(
-                f"group {group_index} has a key {key!r}, which changes nothing: was {meant[0]!r} meant?",
+                f"group {group_index} has a key {key!r}, which changes nothing: was {meant!r} meant?",
                 stacklevel=3,
             )
+
+
+_ELSEWHERE = {"optim_bits": "state_bits", "bits": "state_bits", "learning_rate": "lr", "wd": "weight_decay"}
+"""What keys are called in other optimizers."""
+
+
+def _meant_by(key: str) -> str | None:
+    """A key of groups that this one nearly is."""
+    if key in _OF_A_GROUP:
+        return None
+    plain = {_plain(known): known for known in _OF_A_GROUP} | {_plain(o): k for o, k in _ELSEWHERE.items()}
+    close = difflib.get_close_matches(_plain(key), plain, n=1, cutoff=0.85)
+    return plain[close[0]] if close else None
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "")
 
 
 def check_capture(capturable: bool, found_inf: Tensor | None) -> None:

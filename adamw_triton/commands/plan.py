@@ -13,7 +13,7 @@ from typing import Any
 from adamw_triton.choices import ACCUMULATE_ON, PREFERENCES, SHARDINGS
 from adamw_triton.commands import fail
 from adamw_triton.fits import changes
-from adamw_triton.fits.answers import Answer, Question, as_dict, hungriest, lines
+from adamw_triton.fits.answers import TARGETS, Answer, Question, as_dict, hungriest, lines
 from adamw_triton.memory.units import parse_bytes
 from adamw_triton.models import Model, read_model, sketches
 from adamw_triton.models.sketch import LARGEST
@@ -22,7 +22,6 @@ from adamw_triton.selection.table import INDENT, WIDTH, fill
 
 NOTHING_FITS = 1
 DTYPES = ("fp32", "bf16", "fp16")
-TARGETS = ("attention", "all-linear")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 FEWEST = 1000
 """Parameters; whoever writes fewer has left out a unit."""
@@ -60,9 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_option("--dtype", help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)")
     add_option("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of all weights")
-    add_option(
-        "--lora-targets", metavar="WHICH", default=TARGETS[0], help="attention (default) or all-linear"
-    )
+    add_option("--lora-targets", metavar="WHICH", help="attention (default) or all-linear")
     add_option(
         "--quantized-base", type=int, metavar="BITS", help="hold the frozen projections in 4 bits (NF4)"
     )
@@ -146,7 +143,7 @@ def check(arguments: argparse.Namespace) -> Question:
             raise ValueError(f"{name} must be 1 to {largest:,}, not {value}")
     for name, value, allowed in (
         ("--dtype", arguments.dtype, (None, *DTYPES)),
-        ("--lora-targets", arguments.lora_targets, TARGETS),
+        ("--lora-targets", arguments.lora_targets, (None, *TARGETS)),
         ("--accumulate-dtype", arguments.accumulate_dtype, (None, "fp32")),
         ("--quantized-base", arguments.quantized_base, (None, 4)),
         ("--sharding", arguments.sharding, SHARDINGS),
@@ -160,6 +157,8 @@ def check(arguments: argparse.Namespace) -> Question:
         raise ValueError(
             "--quantized-base needs --lora RANK: weights held in 4 bits cannot be trained themselves"
         )
+    if arguments.lora_targets is not None and arguments.lora is None:
+        raise ValueError("--lora-targets needs --lora RANK: without it all weights are trained")
     if arguments.ranks > 1 and arguments.release:
         raise ValueError(f"--release is for one GPU, not for --ranks {arguments.ranks}")
     if arguments.accumulate_on == "host" and not arguments.release:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from adamw_triton.models.finetuning import Run
 
+TARGETS = ("attention", "all-linear")
+"""To what LoRA is put; the first where nobody says."""
+
 
 class Question(NamedTuple):
     """The arguments, checked."""
@@ -97,7 +100,7 @@ def how_trained(arguments: argparse.Namespace, model: Model) -> Run:
     return Run(
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
         rank=arguments.lora,
-        targets=arguments.lora_targets,
+        targets=arguments.lora_targets or TARGETS[0],
         quantized=in_4_bits,
     )
 

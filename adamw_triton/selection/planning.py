@@ -28,7 +28,7 @@ CONTEXT = 500 << 20
 """Bytes that CUDA and its libraries take for themselves before the first tensor, on a card that is not here.
 Estimated: it differs by driver and by which libraries are loaded."""
 
-_NO_ACTIVATIONS = "Activations are not counted: say how many bytes they take (activations=)."
+_NO_ACTIVATIONS = "Activations are not counted: say how many bytes they take (activations=, --activations)."
 
 
 class Card(NamedTuple):

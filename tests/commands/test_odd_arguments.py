@@ -18,6 +18,7 @@ ODD = {
         ("/dev/null", *GPU), ("--params", "7B", "--gpu", "T4", "--host-memory", "inf"),
         ("--params", "7B", "--gpu", "T4", "--dtype", "BF16"), ("https://huggingface.co/a/b", *GPU),
         ("--params", "7B", "--gpu", "T4", "--lora", "8", "--quantized-base", "8"),
+        ("--params", "7B", "--gpu", "T4", "--lora-targets", "all-linear"),
     ],
     "demo": [
         ("--steps", "0"), ("--steps", "-1"), ("--seed", str(1 << 70)), ("--seed", str(-1 << 70)),

@@ -53,6 +53,14 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"variant": "auto", "memory_budget": "10KiB"}, ValueError, "10.0 KiB is too small.*192.0 KiB"),
     ({"variant": "paged_8bit", "memory_budget": 1.5}, ValueError, "memory_budget: 1.5"),
     ({"variant": "paged_8bit", "memory_budget": "10KiB"}, ValueError, "10.0 KiB is too small.*192.0 KiB"),
+    (
+        {"maximize": 32},
+        ValueError,
+        "Invalid maximize: 32; it must be True or False",
+    ),  # bitsandbytes' optim_bits
+    ({"maximize": "False"}, ValueError, "Invalid maximize: 'False'"),
+    ({"amsgrad": "False"}, ValueError, "Invalid amsgrad: 'False'"),
+    ({"capturable": "no"}, ValueError, "Invalid capturable: 'no'"),
 ]
 
 

@@ -97,7 +97,11 @@ def test_a_group_may_repeat_what_the_optimizer_was_given() -> None:
             AdamW([{"params": parameters(), **given}], **given)
 
 
-@pytest.mark.parametrize("key", ["state_bit", "weight_decays", "beta", "maximise", "amsgrads"])
+NEARLY = ("state_bit", "weight_decays", "beta", "maximise", "amsgrads", "LR", "stateBits")
+OF_OTHERS = ("optim_bits", "learning_rate", "wd")
+
+
+@pytest.mark.parametrize("key", [*NEARLY, *OF_OTHERS])
 def test_misspelt_keys_are_warned_of(key: str) -> None:
     with pytest.warns(UserWarning, match=f"group 0 has a key '{key}', which changes nothing: was '.*' meant"):
         AdamW([{"params": parameters(), key: 8}])
