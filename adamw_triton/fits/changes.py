@@ -47,14 +47,10 @@ def possible(arguments: argparse.Namespace) -> Iterator[Change]:
         if not arguments.release or summed:
             typed = ("" if arguments.release else "--release") + " --accumulate-on host" * summed
             yield Change(typed.strip(), {"release": True} | ({"accumulate_on": "host"} if summed else {}))
-    if arguments.batch > 1:
-        yield Change("--batch 1", {"batch": 1})
+    yield from _by_halves("--batch", "batch", arguments.batch, 1)
     if arguments.dtype in (None, "fp32"):
         yield Change("--dtype bf16", {"dtype": "bf16"})
-    lengths = [_length(seq) for seq in _halves(arguments.seq)]
-    if lengths:
-        *milder, shortest = lengths
-        yield shortest._replace(milder=tuple(milder))
+    yield from _by_halves("--seq", "seq", arguments.seq, SHORTEST)
     rank = arguments.lora or RANK
     if arguments.lora is None:
         yield Change(f"--lora {RANK}", {"lora": RANK})
@@ -63,14 +59,15 @@ def possible(arguments: argparse.Namespace) -> Iterator[Change]:
         yield Change(typed, {"lora": rank, "quantized_base": 4})
 
 
-def _length(seq: int) -> Change:
-    return Change(f"--seq {seq}", {"seq": seq})
-
-
-def _halves(seq: int) -> Iterator[int]:
-    while seq // 2 >= SHORTEST:
-        seq //= 2
-        yield seq
+def _by_halves(option: str, name: str, value: int, least: int) -> Iterator[Change]:
+    """The least that it can be, and milder ones; none if it is that."""
+    changes: list[Change] = []
+    while value // 2 >= least:
+        value //= 2
+        changes.append(Change(f"{option} {value}", {name: value}))
+    if changes:
+        *milder, most = changes
+        yield most._replace(milder=tuple(milder))
 
 
 def that_fit(arguments: argparse.Namespace, question: Question, models: Sequence[Model]) -> list[Way]:

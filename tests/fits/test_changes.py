@@ -25,7 +25,7 @@ CASES = {
         f"{CONFIGS}/Llama-2-7B --gpu 16GiB --dtype fp32 --no-checkpointing",
         "without --no-checkpointing --release --dtype bf16",
     ),
-    "several sequences": (f"{CONFIGS}/Llama-3.2-3B --gpu T4 --batch 4 --release", "--batch 1"),
+    "several sequences": (f"{CONFIGS}/Llama-3.2-3B --gpu T4 --batch 4 --release", "--batch 2"),
     "replicas": (f"{CONFIGS}/Llama-3.2-3B --gpu 3060 --ranks 4 --sharding none", "--sharding full"),
 }
 
