@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -149,9 +149,11 @@ class Statistics:
         for each in self._known:
             each.arrived(wait=False)  # and its pinned memory is free again
 
-    def go_on_from(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Count from the steps that a loaded state has had."""
-        self._steps = max((int(entry["step"]) for entry in state.values() if "step" in entry), default=0)
+    def go_on_from(self, state: Mapping[Any, Any]) -> None:
+        """Count from the steps that a loaded state has had. What others keep there may be anything."""
+        found = [entry.get("step") for entry in state.values() if isinstance(entry, Mapping)]
+        counts = [float(step) for step in found if isinstance(step, Tensor | int | float)]
+        self._steps = int(max(filter(isfinite, counts), default=0))
 
     def drop(self) -> None:
         """What has been left by buckets of a step that is not to be."""
