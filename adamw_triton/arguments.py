@@ -250,7 +250,7 @@ def check_switch(name: str, value: object) -> None:
 
 def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:
     for switch in ("amsgrad", "maximize"):
-        check_switch(switch, group[switch])
+        check_switch(switch, group.get(switch, False))
     lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
     for key, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
