@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import adamw_triton
 from adamw_triton import monitoring
+from adamw_triton.installing import missing
 from adamw_triton.monitoring import names
 from adamw_triton.telemetry.observed import METRICS
 from tests.monitoring.training import Run
@@ -205,7 +207,7 @@ def test_one_registry_takes_one_optimizer() -> None:
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
-    with pytest.raises(ImportError, match=r"adamw-triton\[monitoring\]"):
+    with pytest.raises(ImportError, match=re.escape(missing("prometheus_client", "monitoring"))):
         monitoring.start_http_server(Run().optimizer, 0)
 
 
