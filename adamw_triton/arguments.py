@@ -244,8 +244,7 @@ def _is_numeric(value: object, is_pair: bool) -> bool:
 def check_switch(name: str, value: object) -> None:
     """Of 0 and 1, too, which some formats make of truth values; not of text, of which all is true, or of a
     number that was meant for another argument."""
-    if not isinstance(value, int) or value not in (False, True):
-        raise ValueError(f"Invalid {name}: {value!r}; it must be True or False")
+    check_choice(name, bool(value) if isinstance(value, int) and value in (0, 1) else value)
 
 
 def _check_hyperparameters(group: dict[str, Any], default_bits: int, capturable: bool) -> None:
@@ -305,21 +304,22 @@ def check_keys(group: Mapping[str, Any], group_index: int, optimizer: object) ->
             )
 
 
-_ELSEWHERE = {"optim_bits": "state_bits", "bits": "state_bits", "learning_rate": "lr", "wd": "weight_decay"}
-"""What keys are called in other optimizers."""
+def _plain(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "")
+
+
+_CALLED = {_plain(key): key for key in _OF_A_GROUP} | {
+    "optimbits": "state_bits", "bits": "state_bits", "learningrate": "lr", "wd": "weight_decay",
+}  # fmt: skip
+"""Keys of groups, by what they are called here and in other optimizers."""
 
 
 def _meant_by(key: str) -> str | None:
     """A key of groups that this one nearly is."""
     if key in _OF_A_GROUP:
         return None
-    plain = {_plain(known): known for known in _OF_A_GROUP} | {_plain(o): k for o, k in _ELSEWHERE.items()}
-    close = difflib.get_close_matches(_plain(key), plain, n=1, cutoff=0.85)
-    return plain[close[0]] if close else None
-
-
-def _plain(key: str) -> str:
-    return key.lower().replace("_", "").replace("-", "")
+    close = difflib.get_close_matches(_plain(key), _CALLED, n=1, cutoff=0.85)
+    return _CALLED[close[0]] if close else None
 
 
 def check_capture(capturable: bool, found_inf: Tensor | None) -> None:

@@ -128,23 +128,22 @@ class Statistics:
             return
         self._steps += 1
         self._stepped = False
-        if not self._left:
+        left, self._left = self._left, []
+        if not left:
             return
         names = keys_of(groups)
-        tensors, tables = [], []
         settings = {id(param): group for group in groups for param in group["params"]}
-        for left in self._left:
-            for slots, table in left.of_device():
+        tensors, tables, stepped = [], [], set()
+        for bucket in left:
+            for slots, table in bucket.of_device():
                 for slot in slots:  # whose parameter may have been taken out of its group since
                     key = id(slot.param)
+                    stepped.add(key)
                     tensors.append(_told(slot, names.get(key, slot.name), settings.get(key, {})))
                 tables.append(table)
-        stepped = {id(slot.param) for left in self._left for slots in left._slots.values() for slot in slots}
         if not tensors:  # of a step without gradients
-            self._left = []
             return
         idle = [name for key, name in names.items() if key not in stepped]
-        self._left = []
         self._known.append(_Arriving(self._steps, tensors, tables, idle))
         for each in self._known:
             each.arrived(wait=False)  # and its pinned memory is free again
