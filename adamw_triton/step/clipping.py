@@ -18,7 +18,7 @@ from adamw_triton.state.buffers import Slot, StateBuffer
 from adamw_triton.state.shards import Summed
 from adamw_triton.tensors import is_flattened
 from adamw_triton_kernels import Verdict, norms_for
-from adamw_triton_kernels.tables import capturing, has_float64, send
+from adamw_triton_kernels.tables import capturing, has_float64, send, send_home
 from adamw_triton_kernels.work import SKIP, Adapting
 
 PROPAGATE, SKIPPED, RAISED = NONFINITE
@@ -229,10 +229,7 @@ def _arrival(outcome: Tensor) -> Callable[[], bool]:
         return lambda: skipped
     if outcome.device.type != "cuda" or capturing():
         return never
-    here = torch.empty(2, dtype=torch.float32, device="cpu", pin_memory=True)
-    here.copy_(outcome, non_blocking=True)
-    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(outcome.device))
+    here, event = send_home(outcome)
     return lambda: bool(event.query()) and bool(here[0] == SKIP)
 
 

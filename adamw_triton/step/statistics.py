@@ -15,7 +15,7 @@ from adamw_triton.state.shards import Summed
 from adamw_triton.telemetry.observed import HISTORY, Observed, Told
 from adamw_triton.tensors import keys_of
 from adamw_triton_kernels.statistics import WIDTH
-from adamw_triton_kernels.tables import capturing, send
+from adamw_triton_kernels.tables import capturing, send, send_home
 
 NUMBERS = 7
 """Of a row of the hyper table, without the dither's phase."""
@@ -66,7 +66,7 @@ class _Arriving:
 
     def __init__(self, step: int, tensors: Sequence[Told], tables: Sequence[Tensor], idle: Sequence[str]):
         self._step, self._tensors, self._idle = step, tuple(tensors), tuple(idle)
-        self._tables = [_sent_home(table) for table in tables]
+        self._tables = [send_home(table) for table in tables]
         self._found: Observed | None = None
 
     def arrived(self, wait: bool) -> Observed | None:
@@ -78,17 +78,6 @@ class _Arriving:
             self._found = Observed(self._step, tensors, rows[:, :WIDTH], rows[:, WIDTH:], self._idle)
             self._tables = []
         return self._found
-
-
-def _sent_home(table: Tensor) -> tuple[Tensor, Any]:
-    """A copy on its way to the host, and the event after it."""
-    if table.device.type != "cuda":
-        return table, None
-    here = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
-    here.copy_(table, non_blocking=True)
-    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(table.device))
-    return here, event
 
 
 def _is_here(event: Any, wait: bool) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ def send(table: Tensor, device: torch.device) -> Tensor:
     # From pinned memory, or the copy would wait for all the work that is queued. The allocator
     # keeps the block until the copy is done.
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def send_home(table: Tensor) -> tuple[Tensor, Any]:
+    """A GPU's table on its way to pinned host memory, and the event after which it is there; any other one
+    as it is, and None."""
+    if table.device.type != "cuda":
+        return table, None
+    here = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
+    here.copy_(table, non_blocking=True)
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(table.device))
+    return here, event
 
 
 class DeviceTable:
